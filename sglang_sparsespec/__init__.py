@@ -1,0 +1,14 @@
+"""Sparse self-speculative decoding for SGLang (SparseSpec, arXiv:2512.01278, version 1).
+
+Where things live; imports go one way, from the bottom of this list to its top:
+
+* ``errors``, ``config``     what the user may ask for, validated once
+* ``ops``                    kernels: one folder each, with a plain torch reference beside the fast versions
+* ``speculation``            the round as pure functions: budget, sampling distribution, acceptance, penalties
+* ``selection``              which KV tokens a draft may see: one policy per file
+* ``adapter``                the only code that imports SGLang: worker, attention backend, server arguments
+* ``patches``                the changes to the host that neither registration nor a subclass can make
+* ``plugin``                 the entry point that SGLang calls
+"""
+
+__version__ = "0.1.0"

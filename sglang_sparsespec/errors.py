@@ -1,0 +1,28 @@
+"""Errors of this package. Each message has four parts: the thing, what it was, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class SparseSpecError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(SparseSpecError, ValueError):
+    """A start-up option, or a combination of options, that cannot be served.
+
+    A ValueError as well, because SGLang reports those to the user without a traceback of ours.
+    """
+
+    def __init__(self, thing: str, value: object, allowed: str, advice: str) -> None:
+        super().__init__(f"{thing} is {value!r}; it must be {allowed}. {advice}")
+
+
+class RequestError(SparseSpecError, ValueError):
+    """A request that asks for something SPARSESPEC cannot do exactly; reported to the client as HTTP 400."""
+
+    def __init__(self, thing: str, value: object, allowed: str, advice: str) -> None:
+        super().__init__(f"{thing} is {value!r}; under --speculative-algorithm SPARSESPEC it must be {allowed}. {advice}")
+
+
+class HostContractError(SparseSpecError, RuntimeError):
+    """The installed SGLang lacks something this plugin stands on."""
