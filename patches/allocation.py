@@ -1,0 +1,36 @@
+"""KV slot bookkeeping that SGLang sizes for its built-in algorithms only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sglang_sparsespec.patches.ledger import Patch
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+
+def widen_page_table_rows(original: Callable[[ServerArgs], int], server_args: ServerArgs) -> int:
+    """Tokens of a page-table row beyond the context length: never fewer than a decode step may reserve."""
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    headroom = original(server_args)
+    if server_args.speculative_algorithm != "SPARSESPEC":
+        return headroom
+    return max(headroom, get_alloc_reserve_per_decode(server_args) + server_args.page_size)
+
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+        why="At page size 1 a row has room for 4 + num_draft_tokens tokens past the context, but a decode step "
+        "reserves 2 x num_draft_tokens: near the context limit the write lands in the next request's row.",
+        how="Returns at least the reserve of a decode step.",
+        upstream="Not reported yet; invisible with the 3 to 4 drafts that EAGLE uses.",
+        remove_when="get_req_to_token_extra_context_len covers get_alloc_reserve_per_decode at every page size.",
+        scope="sparsespec",
+        kind="around",
+        replacement=widen_page_table_rows,
+    ),
+)

@@ -1,0 +1,151 @@
+"""What SGLang 0.5.17 lacks on a machine without an accelerator (`--device cpu` without its own CPU engine).
+
+With SGLANG_USE_CPU_ENGINE unset SGLang takes such a machine for an unknown accelerator and reaches for vLLM's or
+Triton's kernels. Each replacement here is plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_sparsespec.patches.ledger import Patch
+
+
+class _TorchKernel:
+    """Stands where SGLang launches a Triton kernel as `kernel[grid](*args)`."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self.function
+
+
+def assign_req_to_token_pool(
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    pool_len: int,
+    bs_upper: int,
+) -> None:
+    """Write new slots into each request's row: row[start:end) takes its share of `out_cache_loc`, in batch order.
+
+    Args:
+        req_pool_indices: [num_reqs], int64.
+        req_to_token: [num_rows, pool_len], int32, in place.
+        start_offset: [num_reqs], int32, tokens.
+        end_offset: [num_reqs], int32, tokens.
+        out_cache_loc: [sum(end - start)], int64, slots.
+        pool_len: row length; unused here, part of the kernel's signature.
+        bs_upper: unused here, likewise.
+    """
+    counts = (end_offset - start_offset).long()
+    rows = torch.repeat_interleave(req_pool_indices.long(), counts)
+    req_to_token[rows, _positions(start_offset, counts)] = out_cache_loc[: rows.numel()].to(req_to_token.dtype)
+
+
+def alloc_extend(
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    last_loc: torch.Tensor,
+    free_pages: torch.Tensor,
+    out_indices: torch.Tensor,
+    bs_upper: int,
+    page_size: int,
+) -> None:
+    """Slots for positions [prefix, seq) of each request: the rest of its last page first, then whole new pages.
+
+    Args:
+        prefix_lens: [num_reqs], integer, tokens that have slots.
+        seq_lens: [num_reqs], integer, tokens that shall have slots.
+        last_loc: [num_reqs], integer, slot of the last prefix token.
+        free_pages: [num_free], int64, page numbers; taken from the front.
+        out_indices: [sum(seq - prefix)], int64, filled in place.
+        bs_upper: unused here, part of the kernel's signature.
+        page_size: tokens per page.
+    """
+    prefix_lens, seq_lens = prefix_lens.long(), seq_lens.long()
+    counts = seq_lens - prefix_lens
+    first_new_page = -(-prefix_lens // page_size)
+    new_pages = -(-seq_lens // page_size) - first_new_page
+    page_offset = torch.cumsum(new_pages, 0) - new_pages - first_new_page
+
+    request = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    position = _positions(prefix_lens, counts)
+    page = position // page_size
+    in_last_page = page < first_new_page[request]
+    # too few pages left: the allocator notices afterwards and gives up; only the gather must stay in range
+    taken = (page + page_offset[request]).clamp(0, max(free_pages.numel() - 1, 0))
+    fresh = free_pages[taken] * page_size + position % page_size if free_pages.numel() else torch.zeros_like(position)
+    out_indices.copy_(
+        torch.where(in_last_page, last_loc.long()[request] + 1 + position - prefix_lens[request], fresh)
+    )
+
+
+def alloc_decode(
+    seq_lens: torch.Tensor,
+    last_loc: torch.Tensor,
+    free_pages: torch.Tensor,
+    out_indices: torch.Tensor,
+    bs_upper: int,
+    page_size: int,
+) -> None:
+    """`alloc_extend` for one new token per request; `seq_lens` includes it."""
+    alloc_extend(seq_lens - 1, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size)
+
+
+def _positions(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Ragged aranges [start, start + count), one after another."""
+    total = int(counts.sum())
+    offsets = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    return torch.arange(total) - offsets + torch.repeat_interleave(starts.long(), counts)
+
+
+_NO_CPU_ENGINE = "SGLang's CPU support targets its own CPU engine, which is not on PyPI as a working build"
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.layers.rotary_embedding.base._is_cpu",
+        why="RotaryEmbedding imports vLLM's kernel on any device that is neither CUDA nor SGLang's CPU engine.",
+        how="Declares the device a CPU in this one module, which selects RotaryEmbedding.forward_native.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="`--device cpu --attention-backend torch_native` starts in stock SGLang without vLLM.",
+        scope="cpu",
+        kind="value",
+        replacement=True,
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.allocation.assign_req_to_token_pool",
+        why="Speculative slot allocation writes the page table with a Triton kernel.",
+        how="Runs the same scatter in torch.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="assign_req_to_token_pool_func has a torch branch for device cpu.",
+        scope="cpu",
+        kind="value",
+        replacement=_TorchKernel(assign_req_to_token_pool),
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.allocator.paged.alloc_extend_kernel",
+        why="`--page-size` above 1 allocates with a Triton kernel.",
+        how="Computes the same slots in torch.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="PagedTokenToKVPoolAllocator.alloc_extend has a torch branch for device cpu.",
+        scope="cpu",
+        kind="value",
+        replacement=_TorchKernel(alloc_extend),
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.allocator.paged.alloc_decode_kernel",
+        why="`--page-size` above 1 allocates with a Triton kernel.",
+        how="Computes the same slots in torch.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="PagedTokenToKVPoolAllocator.alloc_decode has a torch branch for device cpu.",
+        scope="cpu",
+        kind="value",
+        replacement=_TorchKernel(alloc_decode),
+    ),
+)

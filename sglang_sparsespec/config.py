@@ -1,0 +1,103 @@
+"""The one configuration object: what a user may tune, with units and bounds.
+
+Built once, in the process that parses the server's arguments (`adapter.server_args`), and passed down by value.
+Knows nothing of SGLang. Invariant: an instance is valid, because construction validates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sglang_sparsespec.errors import ConfigError
+
+OPTION_PREFIX: Final = "--sparsespec-"
+SELECTIONS: Final = ("pillar", "window", "random")
+GRANULARITIES: Final = ("token", "4", "8", "16")
+SHARINGS: Final = ("head", "layer")
+DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
+SCHEDULES: Final = ("lockstep",)
+
+# docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
+DEFAULT_RECENT_WINDOW: Final = 32
+DEFAULT_SINK: Final = 4
+DEFAULT_SCORE_POOLING: Final = 8
+DEFAULT_GRANULARITY: Final = "token"
+DEFAULT_SHARING: Final = "layer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseSpecConfig:
+    """How a server drafts for itself. Paper: SparseSpec (arXiv:2512.01278)."""
+
+    num_steps: int = 8
+    """k: drafts per round. Raising it amortises the verify over more tokens and wastes more when drafts are rejected."""
+    budget_ratio: float = 0.05
+    """Share of a request's KV tokens that a draft step may read, per layer and KV head. 1 reads everything."""
+    min_budget: int = 192
+    """Floor of the budget, in tokens."""
+    recent_window: int = DEFAULT_RECENT_WINDOW
+    """Newest selectable tokens that are always selected; inside the budget."""
+    sink: int = DEFAULT_SINK
+    """First tokens of the context that are always selected; inside the budget."""
+    selection: str = "pillar"
+    """Policy that scores KV tokens: see `selection/`."""
+    score_pooling: int = DEFAULT_SCORE_POOLING
+    """Forward window in tokens over which attention scores spread to the tokens after them; 0 is the paper's rule."""
+    granularity: str = DEFAULT_GRANULARITY
+    """Unit of selection: single tokens, or aligned blocks of 4, 8 or 16 positions."""
+    sharing: str = DEFAULT_SHARING
+    """`head`: a set per KV head (the paper). `layer`: one set for the KV heads of a layer on a rank."""
+    draft_sampling: str = "sampled"
+    """`sampled`: drafts at the request's temperature, chain rejection with the stored draft distribution.
+    `greedy`: the draft's argmax, target-only rule. Both leave the output distribution exact."""
+    schedule: str = "lockstep"
+    """`lockstep`: all running requests draft together, then verify together."""
+
+    def __post_init__(self) -> None:
+        _check_range("speculative-num-steps", self.num_steps, 1, 64, prefix="--")
+        if not 0 < self.budget_ratio <= 1:
+            raise ConfigError(
+                f"{OPTION_PREFIX}budget-ratio",
+                self.budget_ratio,
+                "in (0, 1]",
+                "It is the share of KV tokens that drafts read, not the share that they skip.",
+            )
+        _check_range("min-budget", self.min_budget, 1, None)
+        _check_range("recent-window", self.recent_window, 0, None)
+        _check_range("sink", self.sink, 0, None)
+        _check_range("score-pooling", self.score_pooling, 0, 1024)
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_choice("sharing", self.sharing, SHARINGS)
+        _check_choice("draft-sampling", self.draft_sampling, DRAFT_SAMPLINGS)
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        # A budget smaller than one block would select nothing; smaller than sink + recent is legal: sinks win.
+        if self.min_budget < self.block_size and self.granularity != "token":
+            raise ConfigError(
+                f"{OPTION_PREFIX}min-budget",
+                self.min_budget,
+                f"at least one block of {OPTION_PREFIX}granularity ({self.block_size} tokens)",
+                "Raise the budget or choose a finer granularity.",
+            )
+
+    @property
+    def block_size(self) -> int:
+        """Positions per selected unit."""
+        return 1 if self.granularity == "token" else int(self.granularity)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Width of a verify: the current token and k drafts (SGLang's meaning of the name)."""
+        return self.num_steps + 1
+
+
+def _check_range(name: str, value: int, low: int, high: int | None, *, prefix: str = OPTION_PREFIX) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        raise ConfigError(prefix + name, value, allowed, "Leave it out to get the measured default.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(OPTION_PREFIX + name, value, f"one of {', '.join(choices)}", "See docs/configuration.md.")
