@@ -1,0 +1,114 @@
+"""Acceptance: how many drafts survive a verify, and which token follows them.
+
+Pure functions on tensors. Knows nothing of KV, of scheduling, or of how drafts and distributions came about.
+Paper: chain rejection sampling of Leviathan et al. 2023 (arXiv:2211.17192); SparseSpec (arXiv:2512.01278) keeps it, so
+the output distribution is the target's. Invariant: accept_lens == number of correct drafts + 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sglang_sparsespec.speculation.distribution import sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Acceptance(NamedTuple):
+    """The outcome of one verify."""
+
+    accept_tokens: Tensor
+    """[num_reqs, num_steps + 1], int64: correct drafts, then the bonus token, then zeros."""
+    accept_lens: Tensor
+    """[num_reqs], int32: valid entries of `accept_tokens`, bonus included; 1 .. num_steps + 1."""
+    bonus_tokens: Tensor
+    """[num_reqs], int64: the last valid entry of each row; the next round's current token."""
+
+
+def accept_greedy(draft_tokens: Tensor, target_tokens: Tensor) -> Acceptance:
+    """Accept drafts up to the first that differs from the target's argmax; the target's token there is the bonus.
+
+    Args:
+        draft_tokens: [num_reqs, num_steps], integer.
+        target_tokens: [num_reqs, num_steps + 1], integer; entry i is the target's choice after drafts 0 .. i - 1.
+    """
+    num_steps = draft_tokens.shape[1]
+    num_correct = _leading(draft_tokens == target_tokens[:, :num_steps])
+    return _assemble(draft_tokens, num_correct, target_tokens.gather(1, num_correct.unsqueeze(1)).squeeze(1))
+
+
+def accept_chain(
+    draft_tokens: Tensor,
+    target_probs: Tensor,
+    coins: Tensor,
+    final_coins: Tensor,
+    draft_probs: Tensor | None,
+) -> Acceptance:
+    """Chain rejection sampling: the accepted tokens are distributed as if each had been sampled from the target.
+
+    Draft d_i is accepted when ``coins_i * q_i(d_i) < p_i(d_i)``. At the first rejection the bonus token is sampled from
+    ``norm(max(p_i - q_i, 0))``; after num_steps accepted drafts, from the last row of the target.
+
+    Args:
+        draft_tokens: [num_reqs, num_steps], integer, d_i sampled from q_i.
+        target_probs: [num_reqs, num_steps + 1, vocab_size], float32, p; row i follows drafts 0 .. i - 1.
+        coins: [num_reqs, num_steps], in [0, 1), independent of the drafts.
+        final_coins: [num_reqs], in [0, 1), for the bonus token; independent of `coins` and of the drafts.
+        draft_probs: [num_reqs, num_steps, vocab_size], float32, q: the distribution the draft was really sampled from,
+            filters included. None for drafts that were chosen, not sampled (argmax, n-gram): q is one-hot, so a draft
+            is accepted with probability p_i(d_i).
+
+    Reference: Leviathan et al. 2023, algorithm 1. Deviation: if the residual is 0 everywhere although a draft was
+    rejected (p == q up to rounding), the bonus token is sampled from p.
+    """
+    num_reqs, num_steps = draft_tokens.shape
+    drafts = draft_tokens.to(torch.int64)
+    p_draft = target_probs[:, :num_steps].gather(2, drafts.unsqueeze(2)).squeeze(2)
+    threshold = coins if draft_probs is None else coins * draft_probs.gather(2, drafts.unsqueeze(2)).squeeze(2)
+    num_correct = _leading((threshold < p_draft) & (p_draft > 0))
+
+    reqs = torch.arange(num_reqs, device=drafts.device)
+    p_stop = target_probs[reqs, num_correct]
+    if num_steps:
+        was_rejected = (num_correct < num_steps).unsqueeze(1)
+        rejected_row = num_correct.clamp(max=num_steps - 1)
+        if draft_probs is None:
+            rejected_draft = drafts.gather(1, rejected_row.unsqueeze(1))
+            p_kept = p_stop.gather(1, rejected_draft).masked_fill(was_rejected, 0.0)
+            residual = p_stop.scatter(1, rejected_draft, p_kept)
+        else:
+            residual = (p_stop - draft_probs[reqs, rejected_row] * was_rejected).clamp_(min=0.0)
+        has_mass = residual.amax(dim=-1, keepdim=True) > 0
+        p_stop = torch.where(has_mass, residual, p_stop)
+    return _assemble(drafts, num_correct, sample(p_stop, final_coins))
+
+
+def accept_simulated(draft_tokens: Tensor, target_tokens: Tensor, num_correct_drafts: Tensor) -> Acceptance:
+    """SIMULATED acceptance, for benchmarks only: accept a given number of drafts, right or wrong.
+
+    The output is not the target's. It shows what a round costs at an accept length that is set, not earned.
+
+    Args:
+        draft_tokens: [num_reqs, num_steps], integer.
+        target_tokens: [num_reqs, num_steps + 1], integer, the target's argmax; supplies the bonus token.
+        num_correct_drafts: [num_reqs], integer; clamped to 0 .. num_steps.
+    """
+    num_correct = num_correct_drafts.to(torch.int64).clamp(min=0, max=draft_tokens.shape[1])
+    return _assemble(draft_tokens, num_correct, target_tokens.gather(1, num_correct.unsqueeze(1)).squeeze(1))
+
+
+def _leading(passed: Tensor) -> Tensor:
+    """How many of each row passed before the first that did not, [num_reqs] int64."""
+    return passed.to(torch.int64).cumprod(dim=1).sum(dim=1)
+
+
+def _assemble(draft_tokens: Tensor, num_correct: Tensor, bonus_tokens: Tensor) -> Acceptance:
+    bonus = bonus_tokens.to(torch.int64)
+    columns = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)
+    drafts = torch.nn.functional.pad(draft_tokens.to(torch.int64), (0, 1))
+    drafts = drafts * (columns < num_correct.unsqueeze(1))
+    accept_tokens = torch.where(columns == num_correct.unsqueeze(1), bonus.unsqueeze(1), drafts)
+    return Acceptance(accept_tokens, (num_correct + 1).to(torch.int32), bonus)
