@@ -1,0 +1,83 @@
+"""Dense causal attention over paged KV: verify, plain decode and prefill (SparseSpec, arXiv:2512.01278).
+
+The scores of `score_capture` come out of the same call where they are asked for.
+Invariant: the output does not depend on padding, neither of queries nor of other requests.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_sparsespec.ops._checks import check_index, check_kv_pool, check_paged_query, check_shape
+from sglang_sparsespec.ops.paged_attention.torch_impl import paged_attention_torch
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["paged_attention"]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    query_starts: torch.Tensor,
+    query_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_len: int,
+    score_lens: torch.Tensor | None = None,
+    logit_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Causal attention of some query tokens per request over its whole context, the queries' own KV included.
+
+    ``out[r, t, hq] = sum_p softmax_p(cap(scale * q[r, t, hq] . k[p, h])) * v[p, h]`` over ``p <= query_starts[r] + t``,
+    with ``h = hq // G`` and k, v at slot ``req_to_token[req_pool_indices[r], p]``. Sums are float32.
+
+    Args:
+        q: [R, T, HQ, D], float32, float16 or bfloat16; query t of request r is valid where ``t < query_lens[r]``,
+            the rest may hold anything.
+        k_cache: [num_slots, H, D], dtype of q; may be strided, the last dimension contiguous. Holds the queries'
+            own KV as well.
+        v_cache: [num_slots, H, D], dtype of q; likewise.
+        req_to_token: [pool_rows, max_context], int32; position -> slot.
+        req_pool_indices: [R], int64 or int32; the row of `req_to_token` of each request.
+        query_starts: [R], int32 or int64, tokens; the position of query 0.
+        query_lens: [R], int32 or int64, tokens; in [0, T].
+        scale: factor on the logits, before the cap.
+        max_len: tokens, on the host; at least every ``query_starts + query_lens``, may be loose.
+        score_lens: [R], int32 or int64, tokens; asks for scores, exactly 0 from these positions on.
+        logit_cap: soft cap of the logits; 0 is off.
+
+    Returns:
+        out: [R, T, HQ, D], dtype of q; zeros in the rows of invalid queries.
+        scores: [R, H, max_len], float32, as `capture_scores` gives them; None without `score_lens`.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, device or stride, or a negative cap; on CPU also if `max_len` is too small.
+
+    Not checked: values on the device (lengths within bounds, slots in the pool).
+    Reference: SparseSpec (arXiv:2512.01278), dense verification; `paged_attention.reference`.
+    """
+    check_paged_query(
+        q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
+    )
+    check_kv_pool("v_cache", v_cache, q)
+    check_shape("v_cache", v_cache, k_cache.shape)
+    if score_lens is not None:
+        check_index("score_lens", score_lens, (q.shape[0],), q.device)
+    return paged_attention_torch(
+        q,
+        k_cache,
+        v_cache,
+        req_to_token,
+        req_pool_indices,
+        query_starts,
+        query_lens,
+        scale=scale,
+        max_len=max_len,
+        score_lens=score_lens,
+        logit_cap=logit_cap,
+    )

@@ -1,0 +1,46 @@
+"""paged_attention in vectorised torch.
+
+Without scores and without a cap it is torch's fused attention over gathered KV; otherwise logits and softmax stand in
+float32. Invariant: what is gathered or held at a time is bounded, whatever the context.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sglang_sparsespec.ops._paged import PagedProblem
+
+if TYPE_CHECKING:
+    import torch
+
+
+def paged_attention_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    query_starts: torch.Tensor,
+    query_lens: torch.Tensor,
+    *,
+    scale: float,
+    max_len: int,
+    score_lens: torch.Tensor | None = None,
+    logit_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem = PagedProblem(
+        q,
+        k_cache,
+        v_cache,
+        req_to_token,
+        req_pool_indices,
+        query_starts,
+        query_lens,
+        score_lens,
+        scale,
+        max_len,
+        logit_cap,
+    )
+    out, scores = problem.run()
+    assert out is not None
+    return out, scores

@@ -1,0 +1,80 @@
+"""Which positions a draft may read: top-k of scores with sinks, a recent window, pooling and blocks.
+
+One rule for every policy that can write its wish as a score (SparseSpec, arXiv:2512.01278, PillarAttn).
+Invariant: the kept positions stand first in a row, whole blocks in ascending order within each, -1 after them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_sparsespec.ops._checks import check_dtype, check_index, check_shape
+from sglang_sparsespec.ops.select_positions.torch_impl import select_positions_torch
+
+__all__ = ["GRANULARITIES", "select_positions"]
+
+GRANULARITIES = (1, 4, 8, 16)
+
+
+def select_positions(
+    scores: torch.Tensor,
+    kv_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    *,
+    max_budget: int,
+    sink: int,
+    recent_window: int,
+    pooling: int,
+    granularity: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the highest-scoring blocks of positions of each request, within its budget.
+
+    A position's score is ``scores[p] + mean(scores[p - pooling .. p])``, zeros before position 0, or ``scores[p]`` with
+    pooling 0; a block ``[b * g, (b + 1) * g)`` has the sum of its positions'. Selectable are the whole blocks below the
+    length: with ``n_g = kv_lens // g * g`` the caller attends ``[n_g, kv_lens)`` anyway. Blocks that touch the first
+    `sink` positions are kept first (the foremost first), then those that touch the last `recent_window` of ``[0, n_g)``
+    (the hindmost first), then the highest scores; all of them inside the budget. Nothing waits for the device.
+
+    Args:
+        scores: [R, HS, N], float32; higher means keep. Entries at or past `kv_lens` may hold anything.
+        kv_lens: [R], int32 or int64, tokens; the selectable length, at most N.
+        budgets: [R], int32 or int64, tokens; in [0, max_budget].
+        max_budget: tokens, on the host; the width of the result. May exceed N.
+        sink: tokens; first positions that are always kept.
+        recent_window: tokens; last selectable positions that are always kept.
+        pooling: tokens; how far a score reaches forward. 0 is the paper's rule.
+        granularity: tokens per block; 1, 4, 8 or 16.
+
+    Returns:
+        positions: [R, HS, max_budget], int32; `num_selected` positions first, then -1. Blocks come sinks first, then
+            recent ones, then by falling score, and ascend within.
+        num_selected: [R], int32, tokens; ``min(budgets // g * g, n_g)``.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device, a negative size, or another granularity.
+
+    Not checked: that scores are finite (NaN counts as the lowest score), lengths at most N and budgets at most
+    `max_budget` (both are clamped). Ties between scores may fall either way.
+    Reference: SparseSpec (arXiv:2512.01278), PillarAttn. Deviation: sinks, recent window, forward pooling and blocks;
+    all can be switched off.
+    """
+    check_shape("scores", scores, (None, None, None))
+    check_dtype("scores", scores, (torch.float32,))
+    check_index("kv_lens", kv_lens, (scores.shape[0],), scores.device)
+    check_index("budgets", budgets, (scores.shape[0],), scores.device)
+    sizes = {"max_budget": max_budget, "sink": sink, "recent_window": recent_window, "pooling": pooling}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ValueError(f"{name}: expected 0 or more tokens, got {size}.")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity: expected one of {GRANULARITIES}, got {granularity}.")
+    return select_positions_torch(
+        scores,
+        kv_lens,
+        budgets,
+        max_budget=max_budget,
+        sink=sink,
+        recent_window=recent_window,
+        pooling=pooling,
+        granularity=granularity,
+    )
