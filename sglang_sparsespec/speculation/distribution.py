@@ -104,12 +104,13 @@ def sample(probs: Tensor, coins: Tensor) -> Tensor:
     block = torch.searchsorted(block_cdf, target_mass, right=True).clamp(max=block_cdf.shape[1] - 1)
     block = torch.where(block_mass.gather(1, block) > 0, block, block_mass.argmax(dim=1, keepdim=True))
 
-    tokens = block * _BLOCK + torch.arange(_BLOCK, device=probs.device)
+    width = min(_BLOCK, vocab_size)
+    tokens = block * _BLOCK + torch.arange(width, device=probs.device)
     inside = tokens < vocab_size
     mass = probs.gather(1, tokens.clamp(max=vocab_size - 1)).to(torch.float64) * inside
     mass_before = block_cdf.gather(1, block) - block_mass.gather(1, block)
     mass_within = (target_mass - mass_before).clamp(min=0.0)
-    offset = torch.searchsorted(mass.cumsum(dim=1), mass_within, right=True).clamp(max=_BLOCK - 1)
+    offset = torch.searchsorted(mass.cumsum(dim=1), mass_within, right=True).clamp(max=width - 1)
     # the two levels round differently: the coin may fall behind the block's last token
     offset = torch.where(mass.gather(1, offset) > 0, offset, mass.argmax(dim=1, keepdim=True))
     return (block * _BLOCK + offset).squeeze(1)
