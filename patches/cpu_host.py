@@ -98,6 +98,11 @@ def alloc_decode(
     alloc_extend(seq_lens - 1, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size)
 
 
+def skip_kv_copy_kernel(pool: Any) -> None:
+    """A KV pool without the tiled copy kernel; `move_kv_cache` has a native path."""
+    pool._kv_copy_config = None
+
+
 def _positions(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Ragged aranges [start, start + count), one after another."""
     total = int(counts.sum())
@@ -147,5 +152,15 @@ PATCHES = (
         scope="cpu",
         kind="value",
         replacement=_TorchKernel(alloc_decode),
+    ),
+    Patch(
+        target="sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+        why="With any speculative algorithm the KV pool warms up a Triton copy kernel (tree drafts move KV).",
+        how="Leaves the kernel out; a chain of drafts never moves KV.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="copy_all_layer_kv_cache_func has a torch branch for device cpu.",
+        scope="cpu",
+        kind="replace",
+        replacement=skip_kv_copy_kernel,
     ),
 )

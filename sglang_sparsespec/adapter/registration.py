@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import sglang
@@ -16,10 +15,24 @@ from sglang_sparsespec.adapter import server_args as arguments
 from sglang_sparsespec.errors import HostContractError
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.server_args import ServerArgs
 
 ALGORITHM = "SPARSESPEC"
+
+
+class SparseSpecFutureMap(FutureMap):
+    """SGLang's relay between iterations; ours carries nothing but the bonus token and the length.
+
+    The host's version pins the index tensor with `record_stream`, which CPU tensors lack; it calls that redundant
+    itself, because the scheduler keeps the batch's tensors for two iterations.
+    """
+
+    def _resolve_spec_extras(self, batch: ScheduleBatch) -> None:
+        draft_input = batch.spec_info
+        if draft_input is not None and draft_input.future_indices.shape[0] > 0:
+            draft_input.bonus_tokens = self.output_tokens_buf[draft_input.future_indices]
 
 
 class SparseSpecAlgorithm(CustomSpecAlgo):
@@ -36,7 +49,7 @@ class SparseSpecAlgorithm(CustomSpecAlgo):
         needs_cpu_seq_lens: bool = True,
         needs_confidence_relay: bool = False,
     ) -> FutureMap:
-        return FutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
+        return SparseSpecFutureMap(device, self, req_to_token_pool, needs_cpu_seq_lens, needs_confidence_relay)
 
     def need_topk(self) -> bool:
         return False
@@ -87,7 +100,3 @@ def register() -> None:
     arguments.install()
     if sglang.__version__ in patches.SUPPORTED_SGLANG and is_plain_cpu_host():
         patches.apply(patches.LEDGER, "cpu")
-
-
-def engine_module_loaded() -> bool:
-    return "sglang.srt.entrypoints.engine" in sys.modules

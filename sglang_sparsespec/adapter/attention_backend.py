@@ -1,0 +1,230 @@
+"""Attention under SPARSESPEC: the user's own backend for dense forwards, sparse decode for draft steps.
+
+Wraps the backend that SGLang built. Prefill and verify go through it unchanged; afterwards, or in the same pass where
+the backend can, the attention of the newest queries is captured and each layer refreshes its selection. A draft step
+never reaches the wrapped backend.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecVerifyInput
+from sglang_sparsespec.ops.score_capture import capture_scores
+from sglang_sparsespec.ops.sparse_decode import sparse_decode
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_sparsespec.selection import SelectionPolicy
+    from sglang_sparsespec.selection.store import DraftKV, SelectionStore
+
+
+class CapturePlan(NamedTuple):
+    """Whose attention a dense forward captures, and up to which position it is selectable."""
+
+    rows: torch.Tensor
+    """[num_reqs], int64, page-table rows."""
+    query_starts: torch.Tensor
+    """[num_reqs], int32: position of the first captured query."""
+    query_lens: torch.Tensor
+    """[num_reqs], int32: captured queries."""
+    selectable_lens: torch.Tensor
+    """[num_reqs], int32: positions at and past it are not selectable (a verify's own tokens may yet be rejected)."""
+    token_index: torch.Tensor | None
+    """[num_reqs, num_queries], int64: rows of the flat queries; None where they are all of them, in order."""
+    num_queries: int
+    max_len: int
+    """Bound of all positions, known to the host."""
+
+
+@runtime_checkable
+class ScoringBackend(Protocol):
+    """A dense backend whose verify yields attention scores in the same pass."""
+
+    def forward_verify_with_scores(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch,
+        plan: CapturePlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention output, flat, and scores [num_reqs, num_kv_heads, max_len] float32."""
+        ...
+
+
+class SparseSpecAttnBackend(AttentionBackend):
+    """The user's backend with score capture around it and sparse draft steps beside it.
+
+    Args:
+        dense: the backend that serves prefill and verify.
+        model_runner: of the served model; pools must exist.
+        policy: scores and selects.
+        store: where selections are kept.
+        num_queries: queries captured at the end of a prompt (a verify captures all of its own).
+    """
+
+    def __init__(
+        self,
+        dense: AttentionBackend,
+        model_runner: ModelRunner,
+        policy: SelectionPolicy,
+        store: SelectionStore,
+        num_queries: int,
+    ) -> None:
+        super().__init__()
+        self.dense = dense
+        self.policy = policy
+        self.store = store
+        self.num_queries = num_queries
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
+        self.draft_kv: DraftKV | None = None
+        self._capture: CapturePlan | None = None
+        self._scored_in_pass = isinstance(dense, ScoringBackend)
+
+    def __getattr__(self, name: str) -> Any:
+        # the host asks backends for attributes of their own (workspaces, capability flags)
+        if name == "dense":
+            raise AttributeError(name)
+        return getattr(self.dense, name)
+
+    # Plans
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        if isinstance(forward_batch.spec_info, SparseSpecDraftStep):
+            return
+        self._capture = self._plan_capture(forward_batch)
+        self.dense.init_forward_metadata(forward_batch)
+
+    def plan_drafts(self, draft_kv: DraftKV) -> None:
+        """Set what the draft steps of this round read."""
+        self.draft_kv = draft_kv
+
+    def _plan_capture(self, forward_batch: ForwardBatch) -> CapturePlan | None:
+        if forward_batch.forward_mode.is_target_verify():
+            assert isinstance(forward_batch.spec_info, SparseSpecVerifyInput)
+            return self._plan_verify_capture(forward_batch, forward_batch.spec_info)
+        if forward_batch.forward_mode.is_extend():
+            return self._plan_prompt_capture(forward_batch)
+        return None
+
+    def _plan_verify_capture(self, forward_batch: ForwardBatch, verify: SparseSpecVerifyInput) -> CapturePlan:
+        committed_lens = forward_batch.seq_lens.to(torch.int32)
+        return CapturePlan(
+            rows=forward_batch.req_pool_indices,
+            query_starts=committed_lens,
+            query_lens=torch.full_like(committed_lens, verify.draft_token_num),
+            selectable_lens=committed_lens,
+            token_index=None,
+            num_queries=verify.draft_token_num,
+            max_len=verify.max_committed_len + verify.draft_token_num,
+        )
+
+    def _plan_prompt_capture(self, forward_batch: ForwardBatch) -> CapturePlan:
+        """The last prompt queries stand in for a verify's, so that the first round drafts like the later ones."""
+        seq_lens = forward_batch.seq_lens.to(torch.int32)
+        extend_lens = forward_batch.extend_seq_lens.to(torch.int32)
+        query_lens = extend_lens.clamp(max=self.num_queries)
+        last_token = torch.cumsum(extend_lens, 0)
+        offset = torch.arange(self.num_queries, device=seq_lens.device)
+        token_index = (last_token - query_lens)[:, None] + offset
+        return CapturePlan(
+            rows=forward_batch.req_pool_indices,
+            query_starts=seq_lens - query_lens,
+            query_lens=query_lens,
+            selectable_lens=seq_lens,
+            token_index=token_index.clamp_(0, forward_batch.input_ids.shape[0] - 1),
+            num_queries=self.num_queries,
+            max_len=int(forward_batch.seq_lens_cpu.max()),
+        )
+
+    # Forwards
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        plan = self._capture
+        if plan is None:
+            return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if not self.policy.needs_attention:
+            out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            self._refresh(layer, plan, None)
+            return out
+        if self._scored_in_pass and plan.token_index is None:
+            out, scores = self.dense.forward_verify_with_scores(q, k, v, layer, forward_batch, plan)
+        else:
+            # some backends rotate or overwrite q in place: it is kept aside first
+            queries = self._captured_queries(q, layer, plan)
+            out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            scores = self._capture_scores(queries, layer, plan)
+        self._refresh(layer, plan, scores)
+        return out
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if not isinstance(forward_batch.spec_info, SparseSpecDraftStep):
+            return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        assert self.draft_kv is not None, "a draft step before its round was planned"
+        if save_kv_cache:
+            self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        out = sparse_decode(
+            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            self.draft_kv.slots[layer.layer_id],
+            self.draft_kv.lens,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def advance_draft(self) -> None:
+        """One more drafted token is visible from now on."""
+        assert self.draft_kv is not None
+        self.draft_kv = self.draft_kv._replace(lens=self.draft_kv.lens + 1)
+
+    # Capture and refresh
+
+    def _captured_queries(self, q: torch.Tensor, layer: RadixAttention, plan: CapturePlan) -> torch.Tensor:
+        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if plan.token_index is not None:
+            return queries[plan.token_index]
+        return queries.view(-1, plan.num_queries, layer.tp_q_head_num, layer.qk_head_dim)
+
+    def _capture_scores(self, queries: torch.Tensor, layer: RadixAttention, plan: CapturePlan) -> torch.Tensor:
+        return capture_scores(
+            queries,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            plan.rows,
+            plan.query_starts,
+            plan.query_lens,
+            plan.selectable_lens,
+            scale=layer.scaling,
+            max_len=plan.max_len,
+            logit_cap=layer.logit_cap,
+        )
+
+    def _refresh(self, layer: RadixAttention, plan: CapturePlan, scores: torch.Tensor | None) -> None:
+        selection = self.policy.select(scores, plan.selectable_lens, plan.max_len)
+        self.store.write(layer.layer_id, plan.rows, selection)

@@ -1,0 +1,179 @@
+"""SPARSESPEC's options as fields of SGLang's ServerArgs, and the verdict on every other option.
+
+The host builds its command line, `Engine(...)` keywords and `/server_info` from the dataclass fields of ServerArgs;
+a subclass with more fields therefore gives all three, and pickles to the schedulers like the original.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import sglang.srt.server_args as host
+from sglang.srt.arg_groups.arg_utils import Arg
+from sglang.srt.server_args import ServerArgs
+
+from sglang_sparsespec import config as cfg
+from sglang_sparsespec.adapter.support import check_supported
+from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import ConfigError
+
+ALGORITHM = "SPARSESPEC"
+DEFAULT_NUM_STEPS = 8
+DEFAULT_MAX_RUNNING_REQUESTS = 128
+_DEFAULTS = SparseSpecConfig()
+
+
+def _help(text: str, default: object) -> str:
+    return f"SPARSESPEC: {text} Default: {default}."
+
+
+@dataclass
+class SparseSpecServerArgs(ServerArgs):
+    """ServerArgs with SPARSESPEC's options."""
+
+    sparsespec_budget_ratio: Annotated[
+        float, _help("share of a request's KV tokens that a draft step reads, in (0, 1].", _DEFAULTS.budget_ratio)
+    ] = _DEFAULTS.budget_ratio
+    sparsespec_min_budget: Annotated[
+        int, _help("floor of the budget, tokens, 1 to the context length.", _DEFAULTS.min_budget)
+    ] = _DEFAULTS.min_budget
+    sparsespec_recent_window: Annotated[
+        int, _help("newest tokens that are always selected, inside the budget.", _DEFAULTS.recent_window)
+    ] = _DEFAULTS.recent_window
+    sparsespec_sink: Annotated[
+        int, _help("first tokens that are always selected, inside the budget.", _DEFAULTS.sink)
+    ] = _DEFAULTS.sink
+    sparsespec_selection: Annotated[
+        str,
+        Arg(
+            help=_help("policy that scores KV tokens; pillar is PillarAttn.", _DEFAULTS.selection),
+            choices=list(cfg.SELECTIONS),
+        ),
+    ] = _DEFAULTS.selection
+    sparsespec_score_pooling: Annotated[
+        int,
+        _help("forward window over which scores spread, tokens; 0 is the paper's rule.", _DEFAULTS.score_pooling),
+    ] = _DEFAULTS.score_pooling
+    sparsespec_granularity: Annotated[
+        str,
+        Arg(
+            help=_help("unit of selection: single tokens or blocks of 4, 8, 16 positions.", _DEFAULTS.granularity),
+            choices=list(cfg.GRANULARITIES),
+        ),
+    ] = _DEFAULTS.granularity
+    sparsespec_sharing: Annotated[
+        str,
+        Arg(
+            help=_help("one set per KV head (the paper) or per layer.", _DEFAULTS.sharing), choices=list(cfg.SHARINGS)
+        ),
+    ] = _DEFAULTS.sharing
+    sparsespec_draft_sampling: Annotated[
+        str,
+        Arg(
+            help=_help(
+                "sampled: drafts at the request's temperature, chain rejection; greedy: argmax drafts, "
+                "target-only rule; both exact.",
+                _DEFAULTS.draft_sampling,
+            ),
+            choices=list(cfg.DRAFT_SAMPLINGS),
+        ),
+    ] = _DEFAULTS.draft_sampling
+    sparsespec_schedule: Annotated[
+        str,
+        Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),
+    ] = _DEFAULTS.schedule
+    sparsespec_config: Annotated[
+        SparseSpecConfig | None, Arg(help="The validated options; set by resolution.", no_cli=True)
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sparsespec_config is None:
+            self._refuse_stray_options()
+
+    def _handle_cpu_backends(self) -> None:
+        from sglang.srt.utils import is_cpu
+
+        # SGLang's default, intel_amx, needs its own CPU engine
+        if self.device == "cpu" and self.attention_backend is None and not is_cpu():
+            self.attention_backend = "torch_native"
+        super()._handle_cpu_backends()
+
+    def _refuse_stray_options(self) -> None:
+        for field in _option_fields():
+            value = getattr(self, field.name)
+            if value != field.default:
+                raise ConfigError(
+                    option_name(field.name),
+                    value,
+                    f"left out without --speculative-algorithm {ALGORITHM}",
+                    f"Add --speculative-algorithm {ALGORITHM}, or drop the option.",
+                )
+
+
+def _option_fields() -> list[dataclasses.Field[Any]]:
+    return [
+        field
+        for field in dataclasses.fields(SparseSpecServerArgs)
+        if field.name.startswith("sparsespec_") and field.name != "sparsespec_config"
+    ]
+
+
+def option_name(field_name: str) -> str:
+    """Command-line spelling of a ServerArgs field."""
+    return "--" + field_name.replace("_", "-")
+
+
+def resolve(server_args: ServerArgs) -> None:
+    """Validate every option once, in the parent process, and leave the resolved values on `server_args`.
+
+    Called by SGLang while ServerArgs resolves itself, after devices, backends and page size are known.
+
+    Raises:
+        ConfigError: for an option, or a combination, that cannot be served.
+    """
+    if not isinstance(server_args, SparseSpecServerArgs):
+        raise ConfigError(
+            "ServerArgs",
+            type(server_args).__name__,
+            "the class that sglang-sparsespec installs",
+            "Call sglang.srt.plugins.load_plugins() before building ServerArgs.",
+        )
+    num_steps = server_args.speculative_num_steps or DEFAULT_NUM_STEPS
+    options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
+    config = SparseSpecConfig(num_steps=num_steps, **options)
+    check_supported(server_args, config)
+
+    server_args.sparsespec_config = config
+    server_args.speculative_num_steps = config.num_steps
+    server_args.speculative_num_draft_tokens = config.num_draft_tokens
+    server_args.speculative_eagle_topk = 1
+    if server_args.max_running_requests is None:
+        server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+    _turn_graphs_off(server_args)
+
+
+def _turn_graphs_off(server_args: ServerArgs) -> None:
+    # Drafting, score capture and verify run eagerly for now: SGLang's graph runners know their own algorithms only.
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    if server_args.cuda_graph_config is not None:
+        server_args.cuda_graph_config.decode.backend = Backend.DISABLED
+        server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
+
+
+def install() -> None:
+    """Put SparseSpecServerArgs in the place of ServerArgs, for the command line and for Engine."""
+    if host.ServerArgs is SparseSpecServerArgs:
+        return
+    original = host.ServerArgs
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("sglang.") and module.__dict__.get("ServerArgs") is original:
+            module.ServerArgs = SparseSpecServerArgs  # type: ignore[attr-defined]
+    engine = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is not None:
+        # a class attribute, bound when the module was imported
+        engine.Engine.server_args_class = SparseSpecServerArgs

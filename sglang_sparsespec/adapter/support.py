@@ -1,0 +1,201 @@
+"""What SPARSESPEC does not serve, and why: refused at start, before anything is loaded.
+
+docs/features.md shows the same verdicts for people; `tests/adapter/test_support.py` walks this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_sparsespec.config import SparseSpecConfig
+
+CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3")
+CPU_ATTENTION_BACKENDS = ("torch_native",)
+_WITHOUT = "start without --speculative-algorithm SPARSESPEC"
+
+
+class Refusal(NamedTuple):
+    """A ServerArgs field, the values that are served, and the advice for the rest."""
+
+    field: str
+    is_served: Callable[[Any], bool]
+    allowed: str
+    advice: str
+
+    @property
+    def option(self) -> str:
+        return "--" + self.field.replace("_", "-")
+
+
+def _off(field: str, reason: str) -> Refusal:
+    return Refusal(field, lambda value: not value, "left out", f"{reason} Leave it out, or {_WITHOUT}.")
+
+
+def _one(field: str, reason: str) -> Refusal:
+    return Refusal(field, lambda value: value in (None, 1), "1", f"{reason} Set it to 1, or {_WITHOUT}.")
+
+
+REFUSALS = (
+    _one("pp_size", "A draft step would have to travel through every pipeline stage."),
+    _one("dcp_size", "Selections are kept per rank over whole contexts."),
+    _one("attn_cp_size", "Selections are kept per rank over whole contexts."),
+    _one("tokenizer_worker_num", "SGLang does not load plugins in its tokenizer workers."),
+    _off("enable_dp_attention", "SGLang sizes idle ranks by the names of its own algorithms."),
+    Refusal(
+        "disaggregation_mode",
+        lambda value: value in (None, "null"),
+        "null",
+        f"Selection state is not transferred between prefill and decode servers. Serve both on one, or {_WITHOUT}.",
+    ),
+    _off("enable_pdmux", "Prefill and decode would share the capture buffers of one stream."),
+    _off("enable_two_batch_overlap", "It splits batches below the level at which drafts are planned."),
+    _off("enable_mixed_chunk", "SGLang asserts against it for every speculative algorithm."),
+    _off("speculative_adaptive", "It switches between draft models' states."),
+    _off("speculative_draft_model_path", "The served model drafts for itself."),
+    _off("speculative_token_map", "Drafts come from the served model's own head, over its whole vocabulary."),
+    _off("enable_multi_layer_eagle", "It belongs to EAGLE."),
+    Refusal(
+        "speculative_eagle_topk",
+        lambda value: value in (None, 1),
+        "1 (or left out)",
+        "Drafts form a chain, not a tree. Leave it out.",
+    ),
+    Refusal(
+        "speculative_accept_threshold_single",
+        lambda value: value == 1.0,
+        "1.0",
+        "Lower thresholds accept drafts that the model would not have sampled. Leave it out.",
+    ),
+    Refusal(
+        "speculative_accept_threshold_acc",
+        lambda value: value == 1.0,
+        "1.0",
+        "Lower thresholds accept drafts that the model would not have sampled. Leave it out.",
+    ),
+    _off(
+        "speculative_use_rejection_sampling",
+        "SPARSESPEC has its own switch: --sparsespec-draft-sampling sampled is rejection sampling, and the default.",
+    ),
+    _off("enable_lora", "Adapters in sparse draft steps are not tested yet."),
+    _off("lora_paths", "Adapters in sparse draft steps are not tested yet."),
+    _off("enable_hierarchical_cache", "Its layer-wise loading is not tested with score capture yet."),
+    _off("enable_hisparse", "It is a sparse attention of its own."),
+    _off("enable_unified_memory", "Its pool is not laid out as [slots, heads, head_dim]."),
+    _off("enable_deterministic_inference", "A verify runs k + 1 rows where plain decoding runs one; kernels round differently."),
+    _off("rl_on_policy_target", "It asks for bitwise equality with a trainer; a verify rounds differently from a decode."),
+    _off("enable_return_hidden_states", "Hidden states of a verify are not returned."),
+    _off("enable_return_routed_experts", "Experts of rejected drafts would be among them."),
+    _off("dllm_algorithm", "Diffusion models do not decode token by token."),
+    _off("enable_mis", "Multi-item scoring masks attention in ways that selections do not know."),
+    _off("enable_torch_compile", "Draft steps call the model outside the compiled runner."),
+    Refusal(
+        "kv_cache_dtype",
+        lambda value: value in ("auto", "bf16", "bfloat16", "float16", "fp16", "float32"),
+        "auto or bfloat16",
+        "The sparse kernels read bf16, fp16 and fp32 keys. Leave it out.",
+    ),
+)
+
+
+def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    """Raise for the first option, backend or model that cannot be served.
+
+    Raises:
+        ConfigError: naming the option, its value, what is allowed and what to do.
+    """
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    # declared values are not on the fields yet while ServerArgs resolves itself
+    resolved = resolved_view(server_args)
+    for refusal in REFUSALS:
+        value = getattr(resolved, refusal.field)
+        if not refusal.is_served(value):
+            raise ConfigError(refusal.option, value, refusal.allowed, refusal.advice)
+    _check_num_draft_tokens(server_args, config)
+    _check_backends(resolved, server_args._resolved_attention_backends())
+    _check_model(server_args.get_model_config())
+    _check_budget(server_args.get_model_config(), config)
+
+
+def _check_num_draft_tokens(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    given = server_args.speculative_num_draft_tokens
+    if given not in (None, config.num_draft_tokens):
+        raise ConfigError(
+            "--speculative-num-draft-tokens",
+            given,
+            f"{config.num_draft_tokens} (--speculative-num-steps + 1) or left out",
+            "A verify holds the current token and the k drafts; set --speculative-num-steps alone.",
+        )
+
+
+def _check_backends(server_args: ServerArgs, attention_backends: tuple[str, str]) -> None:
+    allowed = CPU_ATTENTION_BACKENDS if server_args.device == "cpu" else CUDA_ATTENTION_BACKENDS
+    if server_args.device not in ("cpu", "cuda"):
+        raise ConfigError("--device", server_args.device, "cuda or cpu", f"Use one of them, or {_WITHOUT}.")
+    prefill, decode = attention_backends
+    for option, backend in (("--prefill-attention-backend", prefill), ("--decode-attention-backend", decode)):
+        if backend not in allowed:
+            raise ConfigError(
+                f"--attention-backend ({option})", backend, f"one of {', '.join(allowed)}", "Name one of them."
+            )
+    if prefill != decode:
+        raise ConfigError(
+            "--decode-attention-backend",
+            decode,
+            f"the prefill backend ({prefill})",
+            "Drafts, verify and prefill share one backend. Set --attention-backend alone.",
+        )
+    if server_args.page_size not in (None, 1, 16):
+        raise ConfigError("--page-size", server_args.page_size, "1 or 16", "Leave it out, or name one of them.")
+
+
+def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    if not model.is_generation:
+        yield "an embedding or reward model", "it does not generate."
+    if model.is_encoder_decoder:
+        yield "an encoder-decoder model", "cross attention has no growing KV to select from."
+    if model.is_multimodal:
+        yield "a multimodal model", "draft positions are not computed for image tokens."
+    if model.attention_arch != AttentionArch.MHA:
+        yield f"an {model.attention_arch.name} model", "its KV is compressed; there are no per-head keys to select."
+    if model.is_hybrid_swa or getattr(model.hf_text_config, "use_sliding_window", False):
+        yield "a sliding-window model", "its windows hide tokens that a selection may hold."
+    hybrid_markers = ("mamba", "linear_attn", "full_attention_interval", "layers_block_type", "hybrid_override_pattern")
+    if any(marker in key for key in vars(model.hf_text_config) for marker in hybrid_markers):
+        yield "a hybrid linear-attention model", "recurrent state cannot be rolled back to the accepted token."
+    if getattr(model.hf_text_config, "rope_scaling", None) and "mrope_section" in str(model.hf_text_config.rope_scaling):
+        yield "a model with multimodal rotary embedding", "draft positions are one-dimensional."
+
+
+def _check_model(model: ModelConfig) -> None:
+    for kind, reason in _model_problems(model):
+        raise ConfigError(
+            "--model-path",
+            model.model_path,
+            "a decoder with full multi-head or grouped-query attention (Llama, Qwen2, Qwen3, ...)",
+            f"This is {kind}: {reason} Choose another model, or {_WITHOUT}.",
+        )
+
+
+def _check_budget(model: ModelConfig, config: SparseSpecConfig) -> None:
+    for name, value in (
+        ("min-budget", config.min_budget),
+        ("recent-window", config.recent_window),
+        ("sink", config.sink),
+    ):
+        if value > model.context_len:
+            raise ConfigError(
+                f"--sparsespec-{name}",
+                value,
+                f"at most the context length ({model.context_len})",
+                "Lower it, or raise --context-length.",
+            )

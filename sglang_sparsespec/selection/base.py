@@ -1,0 +1,94 @@
+"""What every selection policy shares: budget, sharing, top-k, sink and recent window.
+
+A policy scores; this module selects. Knows nothing of SGLang or of attention kernels.
+Invariant: a selection holds positions below the length it was made for, so a rejected draft is never selectable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from sglang_sparsespec.ops.select_positions import select_positions
+from sglang_sparsespec.speculation.budget import budget_tensor, budget_tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from sglang_sparsespec.config import SparseSpecConfig
+
+
+class Selection(NamedTuple):
+    """The KV tokens that drafts of some requests may see in one layer, beside everything from `until` on."""
+
+    positions: torch.Tensor
+    """[num_reqs, num_kv_heads or 1, max_budget], int32, -1 past `num_selected`."""
+    num_selected: torch.Tensor
+    """[num_reqs], int32, tokens; the same for all heads."""
+    until: torch.Tensor
+    """[num_reqs], int32: first position that was not selectable. Drafts see all positions from here to themselves."""
+
+
+class SelectionPolicy(ABC):
+    """Scores KV tokens; higher means keep."""
+
+    name: ClassVar[str]
+    """Value of --sparsespec-selection."""
+    needs_attention: ClassVar[bool]
+    """Whether `score` reads captured attention. If not, nothing is captured."""
+
+    def __init__(self, config: SparseSpecConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def score(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> torch.Tensor:
+        """Score every position of every request.
+
+        Args:
+            attention: [num_reqs, num_kv_heads, max_len], float32: attention probability that the last verify queries
+                (after a prefill: the last prompt queries) gave each position, averaged over queries and the heads of
+                the group; None unless `needs_attention`.
+            kv_lens: [num_reqs], int32: selectable length; scores at and past it are ignored.
+            max_len: an upper bound of `kv_lens`, known to the host.
+
+        Returns:
+            [num_reqs, num_kv_heads or 1, max_len], float32.
+        """
+
+    @property
+    def pooling(self) -> int:
+        """Forward window in tokens over which scores spread before top-k; 0 for none."""
+        return 0
+
+    def select(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> Selection:
+        """Keep the budget's worth of best positions below `kv_lens`, in whole blocks.
+
+        Args:
+            attention: as in `score`.
+            kv_lens: as in `score`.
+            max_len: as in `score`.
+        """
+        config = self.config
+        scores = self.score(attention, kv_lens, max_len)
+        if config.sharing == "layer" and scores.shape[1] > 1:
+            scores = scores.mean(dim=1, keepdim=True)
+        max_budget = self.max_budget(max_len)
+        budgets = budget_tensor(
+            kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget
+        )
+        positions, num_selected = select_positions(
+            scores,
+            kv_lens,
+            budgets,
+            max_budget=max_budget,
+            sink=config.sink,
+            recent_window=config.recent_window,
+            pooling=self.pooling,
+            granularity=config.block_size,
+        )
+        return Selection(positions, num_selected, kv_lens // config.block_size * config.block_size)
+
+    def max_budget(self, max_len: int) -> int:
+        """Tokens that the longest of some requests may select, given a bound of their lengths."""
+        budget = budget_tokens(max_len, ratio=self.config.budget_ratio, min_budget=self.config.min_budget)
+        return max(min(budget, max_len), self.config.block_size)

@@ -1,0 +1,79 @@
+"""The selections in force: one per running request and layer, kept by position until the next refresh.
+
+Positions, not slots: a slot may change under a request (the radix cache replaces duplicates after a prefill), a
+position does not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.selection.base import Selection
+
+
+class DraftKV(NamedTuple):
+    """The KV slots that the draft steps of one round read."""
+
+    slots: torch.Tensor
+    """[num_layers, num_reqs, num_kv_heads or 1, width], int32. Garbage past the length of a step."""
+    lens: torch.Tensor
+    """[num_reqs], int32: entries before the first drafted token; step j reads `lens + j + 1`."""
+
+
+class SelectionStore:
+    """Selected positions by layer and page-table row.
+
+    Args:
+        num_layers: attention layers.
+        num_rows: rows of the page table (`req_to_token`), the padding row included.
+        num_heads: KV heads on this rank, or 1 where heads share.
+        max_budget: tokens that a request may select at most.
+        device: where.
+    """
+
+    def __init__(
+        self, *, num_layers: int, num_rows: int, num_heads: int, max_budget: int, device: torch.device | str
+    ) -> None:
+        self.positions = torch.zeros(num_layers, num_rows, num_heads, max_budget, dtype=torch.int32, device=device)
+        self.num_selected = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.until = torch.zeros(num_rows, dtype=torch.int32, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.positions, self.num_selected, self.until))
+
+    def write(self, layer: int, rows: torch.Tensor, selection: Selection) -> None:
+        """Replace one layer's selection of the requests at `rows` ([num_reqs], int64)."""
+        budget = selection.positions.shape[-1]
+        self.positions[layer, rows, :, :budget] = selection.positions
+        # the same for every layer of a refresh
+        self.num_selected[rows] = selection.num_selected
+        self.until[rows] = selection.until
+
+    def draft_kv(
+        self, rows: torch.Tensor, committed_lens: torch.Tensor, req_to_token: torch.Tensor, *, max_selected: int, tail: int
+    ) -> DraftKV:
+        """Lay out what a round's draft steps read: the selected slots, then every slot since the selection was made.
+
+        Args:
+            rows: [num_reqs], int64, page-table rows.
+            committed_lens: [num_reqs], integer: tokens whose KV is exact; the first drafted token goes there.
+            req_to_token: [num_rows, max_context], int32, position -> slot.
+            max_selected: bound of what these requests selected, known to the host.
+            tail: bound of the positions from `until` to the last drafted one.
+        """
+        num_selected, until = self.num_selected[rows], self.until[rows]
+        entry = torch.arange(max_selected + tail, device=rows.device, dtype=torch.int32)
+        # entries [0, num_selected)        selected positions
+        # entries [num_selected, ...)      positions until, until + 1, ... up to the step's own token
+        recent = until[:, None] + entry - num_selected[:, None]
+        is_selected = entry < num_selected[:, None]
+        selected = self.positions[:, rows, :, :max_selected]
+        selected = torch.nn.functional.pad(selected, (0, tail))
+        positions = torch.where(is_selected[None, :, None], selected, recent[None, :, None])
+        positions = positions.clamp_(0, req_to_token.shape[1] - 1)
+        slots = req_to_token[rows[None, :, None, None], positions.long()]
+        return DraftKV(slots, num_selected + (committed_lens.to(torch.int32) - until))
