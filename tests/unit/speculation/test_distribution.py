@@ -42,7 +42,8 @@ def _naive(row: list[float], top_k: int, top_p: float, min_p: float, order: str,
     if ties == "all":
         kept = [token for token in ranked if row[token] >= row[kept[-1]]]
     norm = sum(row[token] for token in kept) if order == "sequential" else 1.0
-    above, prefix = 0.0, []
+    above = 0.0
+    prefix: list[int] = []
     for token in kept:
         if above / norm > top_p + 1e-7:
             if not (ties == "all" and row[token] == row[prefix[-1]]):

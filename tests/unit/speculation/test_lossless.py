@@ -6,8 +6,8 @@ generated at once, and the tokens that come out are counted against exact probab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import pytest
 import torch
@@ -22,15 +22,8 @@ NUM_REQS = 6_000
 NUM_STEPS = 3
 
 
-class Rule(Protocol):
-    def __call__(
-        self,
-        drafts: torch.Tensor,
-        p: torch.Tensor,
-        coins: torch.Tensor,
-        final_coins: torch.Tensor,
-        q: torch.Tensor | None,
-    ) -> Acceptance: ...
+# drafts, p, coins, final coins, q: `accept_chain` and its planted variants
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], Acceptance]
 
 
 @dataclass(frozen=True)
