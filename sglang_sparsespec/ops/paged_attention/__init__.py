@@ -12,9 +12,14 @@ from sglang_sparsespec.ops._checks import check_index, check_kv_pool, check_page
 from sglang_sparsespec.ops.paged_attention.torch_impl import paged_attention_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["paged_attention"]
+
+# more queries than this are a prefill, which torch's fused attention serves better
+MAX_TRITON_QUERIES = 16
 
 
 def paged_attention(
@@ -68,7 +73,13 @@ def paged_attention(
     check_shape("v_cache", v_cache, k_cache.shape)
     if score_lens is not None:
         check_index("score_lens", score_lens, (q.shape[0],), q.device)
-    return paged_attention_torch(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = paged_attention_torch
+    if q.is_cuda and q.shape[1] <= MAX_TRITON_QUERIES:
+        # imported where it is used: a CPU install may lack Triton
+        from sglang_sparsespec.ops.paged_attention.triton_impl import paged_attention_triton
+
+        attend = paged_attention_triton
+    return attend(
         q,
         k_cache,
         v_cache,

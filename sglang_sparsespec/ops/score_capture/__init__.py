@@ -12,6 +12,8 @@ from sglang_sparsespec.ops._checks import check_index, check_paged_query
 from sglang_sparsespec.ops.score_capture.torch_impl import capture_scores_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["capture_scores"]
@@ -61,7 +63,13 @@ def capture_scores(
         q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
     )
     check_index("score_lens", score_lens, (q.shape[0],), q.device)
-    return capture_scores_torch(
+    capture: Callable[..., torch.Tensor] = capture_scores_torch
+    if q.is_cuda:
+        # imported where it is used: a CPU install may lack Triton
+        from sglang_sparsespec.ops.score_capture.triton_impl import capture_scores_triton
+
+        capture = capture_scores_triton
+    return capture(
         q,
         k_cache,
         req_to_token,

@@ -80,4 +80,9 @@ def sparse_decode(
         check_dtype("out", out, (q.dtype,))
         check_device("out", out, q.device)
         check_dense_rows("out", out)
+    if q.is_cuda:
+        # imported where it is used: a CPU install may lack Triton
+        from sglang_sparsespec.ops.sparse_decode.triton_impl import sparse_decode_triton
+
+        return sparse_decode_triton(q, k_cache, v_cache, kv_slots, kv_lens, scale=scale, logit_cap=logit_cap, out=out)
     return sparse_decode_torch(q, k_cache, v_cache, kv_slots, kv_lens, scale=scale, logit_cap=logit_cap, out=out)

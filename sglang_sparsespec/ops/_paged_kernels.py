@@ -1,0 +1,314 @@
+# mypy: allow-untyped-defs
+"""Triton kernels over paged KV: split-K attention with log-sum-exp, its reduction, and scores from the log-sum-exp.
+
+The T * G query rows that share a KV head stand together as the M dimension, query-major: row t * G + g.
+Lengths stay on the device and grids follow from shapes. Invariant: no position at or past a request's end is read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_sparsespec.ops._triton import (
+    LOG2_E,
+    choose_num_splits,
+    dot_precision,
+    load_rows,
+    merge_splits,
+    softcap,
+    split_bounds,
+)
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    req_to_token_ptr,
+    pool_rows_ptr,
+    starts_ptr,
+    lens_ptr,
+    part_ptr,
+    lse_ptr,
+    stride_q_r,
+    stride_q_t,
+    stride_q_h,
+    stride_k_s,
+    stride_k_h,
+    stride_v_s,
+    stride_v_h,
+    stride_table,
+    scale,
+    logit_cap,
+    num_kv_heads,
+    num_rows,
+    max_len,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_VALUE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_rh = tl.program_id(0).to(tl.int64)
+    i_split = tl.program_id(2)
+    i_r = i_rh // num_kv_heads
+    i_h = i_rh % num_kv_heads
+    query_start = tl.load(starts_ptr + i_r).to(tl.int32)
+    query_len = tl.load(lens_ptr + i_r).to(tl.int32)
+
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    # a tile without a valid query has nothing to attend
+    kv_len = tl.where(tl.program_id(1) * BM < query_len * G, tl.minimum(query_start + query_len, max_len), 0)
+    lo, hi = split_bounds(kv_len, i_split, NUM_SPLITS, BN)
+    # partial results: [R, H, NUM_SPLITS, M, D] and [R, H, NUM_SPLITS, M]
+    o_row = (i_rh * NUM_SPLITS + i_split) * num_rows + o_m
+    if lo >= hi:
+        tl.store(lse_ptr + o_row, tl.full([BM], float("-inf"), dtype=tl.float32), mask=o_m < num_rows)
+        return
+
+    o_d = tl.arange(0, BD)
+    o_n = tl.arange(0, BN)
+    o_t = o_m // G
+    m_q = (o_m < query_len * G)[:, None] & (o_d < D)[None, :]
+    # [BM, BD]
+    p_q = q_ptr + i_r * stride_q_r + o_t[:, None] * stride_q_t + (i_h * G + o_m % G)[:, None] * stride_q_h
+    b_q = tl.load(p_q + o_d[None, :], mask=m_q, other=0.0)
+    b_max = tl.full([BM], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BM], dtype=tl.float32)
+    b_acc = tl.zeros([BM, BD], dtype=tl.float32)
+    p_table = req_to_token_ptr + tl.load(pool_rows_ptr + i_r).to(tl.int64) * stride_table
+    for start in range(lo, hi, BN):
+        o_p = start + o_n
+        m_n = o_p < hi
+        b_slot = tl.load(p_table + o_p, mask=m_n, other=0).to(tl.int64)
+        # [BN, BD]
+        b_k = load_rows(k_ptr + i_h * stride_k_h, b_slot, stride_k_s, m_n, o_d, D)
+        # [BM, BN], base-2 logits
+        b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        if HAS_CAP:
+            b_logit = softcap(b_logit, logit_cap)
+        m_seen = m_n[None, :] & (o_p[None, :] <= query_start + o_t[:, None])
+        b_logit = tl.where(m_seen, b_logit * LOG2_E, float("-inf"))
+        # early queries may see nothing of a late tile
+        b_new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
+        b_base = tl.where(b_new_max > float("-inf"), b_new_max, 0.0)
+        b_decay = tl.exp2(b_max - b_base)
+        b_p = tl.exp2(b_logit - b_base[:, None])
+        b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+        if HAS_VALUE:
+            b_v = load_rows(v_ptr + i_h * stride_v_h, b_slot, stride_v_s, m_n, o_d, D)
+            b_acc = b_acc * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+        b_max = b_new_max
+
+    m_used = b_sum > 0.0
+    b_sum = tl.where(m_used, b_sum, 1.0)
+    tl.store(lse_ptr + o_row, tl.where(m_used, b_max + tl.log2(b_sum), float("-inf")), mask=o_m < num_rows)
+    if HAS_VALUE:
+        tl.store(part_ptr + o_row[:, None] * D + o_d[None, :], b_acc / b_sum[:, None], mask=m_q)
+
+
+@triton.jit
+def _reduce_kernel(
+    part_ptr,
+    part_lse_ptr,
+    out_ptr,
+    lens_ptr,
+    num_kv_heads,
+    num_rows,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+):
+    """One query row of out [R, T, HQ, D], contiguous."""
+    i_rh = tl.program_id(0).to(tl.int64)
+    i_m = tl.program_id(1)
+    i_r = i_rh // num_kv_heads
+    i_h = i_rh % num_kv_heads
+    o_d = tl.arange(0, BD)
+    o_out = ((i_r * (num_rows // G) + i_m // G) * num_kv_heads + i_h) * G + i_m % G
+    p_out = out_ptr + o_out * D + o_d
+    if i_m >= tl.load(lens_ptr + i_r).to(tl.int32) * G:
+        tl.store(p_out, tl.zeros([BD], dtype=out_ptr.dtype.element_ty), mask=o_d < D)
+        return
+    b_out = merge_splits(part_ptr, part_lse_ptr, i_rh * NUM_SPLITS * num_rows + i_m, num_rows, o_d, D, NUM_SPLITS)
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=o_d < D)
+
+
+@triton.jit
+def _scores_kernel(
+    q_ptr,
+    k_ptr,
+    req_to_token_ptr,
+    pool_rows_ptr,
+    starts_ptr,
+    lens_ptr,
+    score_lens_ptr,
+    part_lse_ptr,
+    scores_ptr,
+    stride_q_r,
+    stride_q_t,
+    stride_q_h,
+    stride_k_s,
+    stride_k_h,
+    stride_table,
+    scale,
+    logit_cap,
+    num_kv_heads,
+    num_rows,
+    max_len,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    BN: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Probabilities of one tile of positions, averaged over the valid rows: scores [R, H, max_len], contiguous."""
+    i_rh = tl.program_id(0).to(tl.int64)
+    i_r = i_rh // num_kv_heads
+    i_h = i_rh % num_kv_heads
+    o_p = tl.program_id(1) * BN + tl.arange(0, BN)
+    query_start = tl.load(starts_ptr + i_r).to(tl.int32)
+    query_len = tl.load(lens_ptr + i_r).to(tl.int32)
+    end = tl.minimum(tl.minimum(query_start + query_len, tl.load(score_lens_ptr + i_r).to(tl.int32)), max_len)
+    end = tl.where(query_len > 0, end, 0)
+    p_scores = scores_ptr + i_rh * max_len + o_p
+    if tl.program_id(1) * BN >= end:
+        tl.store(p_scores, tl.zeros([BN], dtype=tl.float32), mask=o_p < max_len)
+        return
+
+    o_d = tl.arange(0, BD)
+    m_n = o_p < end
+    p_table = req_to_token_ptr + tl.load(pool_rows_ptr + i_r).to(tl.int64) * stride_table
+    b_slot = tl.load(p_table + o_p, mask=m_n, other=0).to(tl.int64)
+    # [BD, BN]
+    b_k = tl.trans(load_rows(k_ptr + i_h * stride_k_h, b_slot, stride_k_s, m_n, o_d, D))
+    b_total = tl.zeros([BN], dtype=tl.float32)
+    o_split = tl.arange(0, NUM_SPLITS)
+    for first in range(0, query_len * G, BM):
+        o_m = first + tl.arange(0, BM)
+        o_t = o_m // G
+        m_m = o_m < query_len * G
+        # [BM, NUM_SPLITS] -> [BM]
+        p_lse = part_lse_ptr + (i_rh * NUM_SPLITS + o_split[None, :]) * num_rows + o_m[:, None]
+        b_lse = tl.load(p_lse, mask=m_m[:, None], other=0.0)
+        b_top = tl.max(b_lse, axis=1)
+        b_lse = b_top + tl.log2(tl.sum(tl.exp2(b_lse - b_top[:, None]), axis=1))
+        # [BM, BD]
+        p_q = q_ptr + i_r * stride_q_r + o_t[:, None] * stride_q_t + (i_h * G + o_m % G)[:, None] * stride_q_h
+        b_q = tl.load(p_q + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
+        b_logit = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
+        if HAS_CAP:
+            b_logit = softcap(b_logit, logit_cap)
+        m_seen = m_m[:, None] & (o_p[None, :] <= query_start + o_t[:, None])
+        b_total += tl.sum(tl.where(m_seen, tl.exp2(b_logit * LOG2_E - b_lse[:, None]), 0.0), axis=0)
+    b_total = tl.where(m_n, b_total / (query_len * G), 0.0)
+    tl.store(p_scores, b_total, mask=o_p < max_len)
+
+
+def attend_paged_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    query_starts: torch.Tensor,
+    query_lens: torch.Tensor,
+    score_lens: torch.Tensor | None,
+    *,
+    scale: float,
+    max_len: int,
+    logit_cap: float,
+    num_splits: int | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The output where there is a v_cache, the scores where there are score_lens."""
+    num_reqs, num_queries, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    group = num_q_heads // num_kv_heads
+    num_rows = num_queries * group
+    out = scores = None
+    if v_cache is not None:
+        out = torch.empty((num_reqs, num_queries, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
+    if score_lens is not None:
+        scores = torch.empty((num_reqs, num_kv_heads, max_len), dtype=torch.float32, device=q.device)
+    if num_reqs * num_rows * max_len == 0:
+        return None if out is None else out.zero_(), None if scores is None else scores.zero_()
+
+    block_rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    block = 32 if head_dim > 128 or q.dtype == torch.float32 else 64
+    row_tiles = triton.cdiv(num_rows, block_rows)
+    if num_splits is None:
+        num_splits = choose_num_splits(num_reqs * num_kv_heads * row_tiles, max_len, block, q.device)
+    part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)
+    part = part_lse
+    if out is not None:
+        part = torch.empty((*part_lse.shape, head_dim), dtype=torch.float32, device=q.device)
+    tiles = {
+        "G": group,
+        "D": head_dim,
+        "BM": block_rows,
+        "BD": max(16, triton.next_power_of_2(head_dim)),
+        "BN": block,
+        "NUM_SPLITS": num_splits,
+        "HAS_CAP": logit_cap > 0.0,
+        "PRECISION": dot_precision(q.dtype),
+        "num_warps": 8 if block_rows * head_dim > 64 * 64 else 4,
+        "num_stages": 2,
+    }
+    table = (req_to_token, req_pool_indices, query_starts, query_lens)
+    q_strides = (q.stride(0), q.stride(1), q.stride(2))
+    k_strides = (k_cache.stride(0), k_cache.stride(1))
+    v_strides = k_strides if v_cache is None else (v_cache.stride(0), v_cache.stride(1))
+    sizes = (req_to_token.stride(0), scale, logit_cap, num_kv_heads, num_rows, max_len)
+    _attend_kernel[(num_reqs * num_kv_heads, row_tiles, num_splits)](
+        q,
+        k_cache,
+        k_cache if v_cache is None else v_cache,
+        *table,
+        part,
+        part_lse,
+        *q_strides,
+        *k_strides,
+        *v_strides,
+        *sizes,
+        HAS_VALUE=v_cache is not None,
+        **tiles,
+    )
+    if out is not None:
+        _reduce_kernel[(num_reqs * num_kv_heads, num_rows)](
+            part,
+            part_lse,
+            out,
+            query_lens,
+            num_kv_heads,
+            num_rows,
+            G=group,
+            D=head_dim,
+            BD=tiles["BD"],
+            NUM_SPLITS=num_splits,
+            num_warps=4,
+        )
+    if scores is not None:
+        _scores_kernel[(num_reqs * num_kv_heads, triton.cdiv(max_len, block))](
+            q,
+            k_cache,
+            *table,
+            score_lens,
+            part_lse,
+            scores,
+            *q_strides,
+            *k_strides,
+            *sizes,
+            **tiles,
+        )
+    return out, scores

@@ -1,0 +1,177 @@
+"""paged_attention against its reference; the inputs of kv_cases.py make every out-of-contract read visible."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kv_cases import (
+    DTYPES,
+    PagedCase,
+    assert_output_close,
+    assert_scores_close,
+    make_paged_case,
+    skip_unless_interpretable,
+)
+
+from sglang_sparsespec.ops import _paged
+from sglang_sparsespec.ops.paged_attention import paged_attention
+from sglang_sparsespec.ops.paged_attention.reference import paged_attention_reference
+from sglang_sparsespec.ops.paged_attention.torch_impl import paged_attention_torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# (query_start, query_len): nothing cached, padding, one query, fewer than T, lengths around the tiles of 32 and 64
+SPANS = [(0, 4), (70, 0), (0, 1), (30, 3), (60, 4), (61, 4), (124, 3)]
+
+
+def implementation(backend: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    if backend == "triton":
+        from sglang_sparsespec.ops.paged_attention.triton_impl import paged_attention_triton
+
+        return paged_attention_triton
+    return paged_attention if backend == "cpu" else paged_attention_torch
+
+
+def check(backend: str, device: torch.device, case: PagedCase, max_len: int, **options: float) -> None:
+    """Once without scores and once with them."""
+    options["scale"] = case.q.shape[-1] ** -0.5
+    score_lens = case.query_starts + 1
+    run, moved = implementation(backend), case.to(device)
+    plain, no_scores = run(*moved, max_len=max_len, **options)
+    out, scores = run(*moved, max_len=max_len, score_lens=score_lens.to(device), **options)
+    options.pop("num_splits", None)
+    expected, expected_scores = paged_attention_reference(*case, max_len=max_len, score_lens=score_lens, **options)
+    assert no_scores is None
+    assert scores is not None
+    assert expected_scores is not None
+    assert plain.dtype == out.dtype == case.q.dtype
+    assert_output_close(plain.cpu(), expected)
+    assert_output_close(out.cpu(), expected)
+    assert_scores_close(scores.cpu(), expected_scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_reference_over_ragged_requests(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A causal bound off by one, padding that is read or written, or a request put back in another's row would pass."""
+    skip_unless_interpretable(backend, device, dtype)
+    case = make_paged_case(SPANS, num_queries=4, num_kv_heads=2, group=3, head_dim=64, dtype=dtype)
+    check(backend, device, case, max_len=131)
+
+
+@pytest.mark.parametrize(
+    ("group", "head_dim", "num_queries"), [(1, 64, 1), (4, 80, 3), (8, 96, 9), (16, 128, 2), (1, 256, 2)]
+)
+def test_matches_reference_for_each_head_shape(
+    backend: str, device: torch.device, group: int, head_dim: int, num_queries: int
+) -> None:
+    """Query rows beyond one tile, and padding of rows or of the head dim that leaks into sums, would pass."""
+    spans = [(20, num_queries), (3, max(1, num_queries - 1))]
+    case = make_paged_case(
+        spans, num_queries=num_queries, num_kv_heads=1, group=group, head_dim=head_dim, dtype=torch.float16
+    )
+    check(backend, device, case, max_len=40)
+
+
+@pytest.mark.parametrize("layout", ["interleaved", "padded"])
+def test_caps_logits_and_reads_strided_pools(backend: str, device: torch.device, layout: str) -> None:
+    """A cap forgotten in one of the paths, or a pool taken for contiguous, would pass."""
+    case = make_paged_case(
+        [(40, 3), (5, 2)], num_queries=3, num_kv_heads=2, group=2, head_dim=64, dtype=torch.float32, layout=layout
+    )
+    check(backend, device, case, max_len=43, logit_cap=0.5)
+    check(backend, device, case, max_len=43)
+
+
+@pytest.mark.only_backend("triton")
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_splits_merge_to_the_same_result(backend: str, device: torch.device, num_splits: int) -> None:
+    """A share that early queries do not see at all was never written; reading it would pass with one split."""
+    spans = [(62, 5), (126, 5), (0, 2)]
+    case = make_paged_case(spans, num_queries=5, num_kv_heads=1, group=2, head_dim=64, dtype=torch.float16)
+    check(backend, device, case, max_len=135, num_splits=num_splits)
+
+
+@pytest.mark.only_backend("cpu", "torch-cuda")
+@pytest.mark.parametrize("step_bytes", [1, 100_000])
+def test_steps_do_not_change_the_result(
+    backend: str, device: torch.device, step_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Splitting by rows, heads or queries happens at sizes that no other test reaches; a bug in it would pass."""
+    monkeypatch.setattr(_paged, "CPU_STEP_BYTES", step_bytes)
+    monkeypatch.setattr(_paged, "DEVICE_STEP_BYTES", step_bytes)
+    spans = [(0, 20), (25, 18), (9, 20), (100, 1)]
+    case = make_paged_case(spans, num_queries=20, num_kv_heads=2, group=1, head_dim=64, dtype=torch.float32)
+    check(backend, device, case, max_len=105)
+
+
+def test_matches_dense_prefill_of_torch() -> None:
+    """The reference shares our reading of positions; torch's own causal attention does not."""
+    case = make_paged_case([(0, 33)], num_queries=33, num_kv_heads=3, group=3, head_dim=64, dtype=torch.float32)
+    out, _ = paged_attention(*case, scale=0.125, max_len=33)
+    slots = case.req_to_token[case.req_pool_indices[0], :33].long()
+    k, v = (cache[slots].transpose(0, 1)[None] for cache in (case.k_cache, case.v_cache))
+    q = case.q.transpose(1, 2)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.125, enable_gqa=True)
+    assert_output_close(out, expected.transpose(1, 2))
+
+
+def test_no_queries_at_all(backend: str, device: torch.device) -> None:
+    """A launch over an empty grid would pass."""
+    case = make_paged_case([(4, 0), (0, 0)], num_queries=2, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
+    check(backend, device, case, max_len=8)
+
+
+def test_groups_bound_padding() -> None:
+    """Padding a short request to the longest of the batch would pass every test of values."""
+    kv_lens = [8000, 7000, 500, 450, 8000, 6500, 30, 0, 90]
+    groups = _paged.group_requests([1, 1, 1, 1, 1, 1, 1, 0, 1], kv_lens)
+    assert sorted(r for group in groups for r in group.rows) == [0, 1, 2, 3, 4, 5, 6, 8]
+    for group in groups:
+        assert group.kv_len == max(kv_lens[r] for r in group.rows)
+        padding = sum(group.kv_len - kv_lens[r] for r in group.rows)
+        assert padding <= max(0.25 * sum(kv_lens[r] for r in group.rows), 64 * len(group.rows))
+    assert len(groups) == 3
+
+
+def test_groups_separate_prefill_from_decode() -> None:
+    """One prefill in the batch would pad every decode to its query length."""
+    groups = _paged.group_requests([1, 2048, 1, 2000], [3000, 3000, 3000, 2900])
+    assert [(group.rows, group.num_queries) for group in groups] == [([1, 3], 2048), ([0, 2], 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_queries", [1, 9, 40])
+def test_public_function_matches_reference_at_size(dtype: torch.dtype, num_queries: int) -> None:
+    """Dispatch to the kernel, or to torch for a prefill, and the choice of splits would go untested."""
+    spans = [(2000, num_queries), (0, 0), (1023, num_queries), (0, 1)]
+    case = make_paged_case(spans, num_queries=num_queries, num_kv_heads=2, group=4, head_dim=128, dtype=dtype)
+    case = case.to(torch.device("cuda"))
+    options = {"scale": 128**-0.5, "max_len": 2100, "score_lens": case.query_starts}
+    out, scores = paged_attention(*case, **options)
+    expected, expected_scores = paged_attention_reference(*case, **options)
+    assert_output_close(out, expected)
+    assert_scores_close(scores, expected_scores)
+
+
+@pytest.mark.gpu
+def test_graph_replay_follows_new_lengths() -> None:
+    """A length or grid fixed at capture would pass every eager test."""
+    case = make_paged_case(
+        [(500, 9), (90, 9)], num_queries=9, num_kv_heads=2, group=4, head_dim=128, dtype=torch.bfloat16
+    ).to(torch.device("cuda"))
+    options = {"scale": 128**-0.5, "max_len": 600, "score_lens": case.query_starts}
+    paged_attention(*case, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, scores = paged_attention(*case, **options)
+    case.query_starts.copy_(torch.tensor([77, 0]))
+    case.query_lens.copy_(torch.tensor([4, 0]))
+    graph.replay()
+    expected, expected_scores = paged_attention_reference(*case, **options)
+    assert_output_close(out, expected)
+    assert_scores_close(scores, expected_scores)

@@ -1,0 +1,141 @@
+"""select_positions against its reference, and by the properties that its callers lean on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_sparsespec.ops.select_positions import GRANULARITIES, select_positions
+from sglang_sparsespec.ops.select_positions.reference import select_positions_reference
+
+DEFAULTS = {"sink": 0, "recent_window": 0, "pooling": 0, "granularity": 1}
+
+
+def make_scores(kv_lens: torch.Tensor, num_rows: int, num_positions: int, seed: int = 0) -> torch.Tensor:
+    """Distinct scores, NaN and infinities past the lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(len(kv_lens), num_rows, num_positions, generator=generator)
+    past = torch.arange(num_positions) >= kv_lens[:, None, None]
+    junk = torch.tensor([torch.nan, torch.inf, 1e30])[torch.arange(num_positions) % 3]
+    return torch.where(past, junk, scores)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("num_positions", [0, 1, 63, 130])
+@pytest.mark.parametrize(("sink", "recent_window"), [(0, 0), (5, 40), (100, 100)])
+@pytest.mark.parametrize("pooling", [0, 8])
+def test_matches_reference(
+    device: torch.device, granularity: int, num_positions: int, sink: int, recent_window: int, pooling: int
+) -> None:
+    """Reading past a length, rounding a length or budget wrongly, or dropping sinks for recent ones would pass."""
+    generator = torch.Generator().manual_seed(num_positions)
+    for max_budget in (0, 3, 50, 200):
+        kv_lens = torch.randint(0, num_positions + 1, (3,), generator=generator, dtype=torch.int32)
+        budgets = torch.randint(0, max_budget + 1, (3,), generator=generator, dtype=torch.int32)
+        kv_lens[0], budgets[0] = num_positions, max_budget
+        scores = make_scores(kv_lens, 2, num_positions)
+        options = {
+            "max_budget": max_budget,
+            "sink": sink,
+            "recent_window": recent_window,
+            "pooling": pooling,
+            "granularity": granularity,
+        }
+        positions, num_selected = select_positions(scores.to(device), kv_lens.to(device), budgets.to(device), **options)
+        expected, expected_num = select_positions_reference(scores, kv_lens, budgets, **options)
+        assert positions.dtype == num_selected.dtype == torch.int32
+        assert torch.equal(positions.cpu(), expected)
+        assert torch.equal(num_selected.cpu(), expected_num)
+
+
+def test_keeps_the_highest_under_ties(device: torch.device) -> None:
+    """Against a reference ties are ambiguous; by the property they are not: min kept >= max dropped."""
+    scores = (torch.arange(300) * 7 % 5).float().expand(1, 2, 300).contiguous()
+    kv_lens, budgets = torch.tensor([300], dtype=torch.int32), torch.tensor([101], dtype=torch.int32)
+    positions, _ = select_positions(
+        scores.to(device), kv_lens.to(device), budgets.to(device), max_budget=128, **DEFAULTS
+    )
+    for h in range(2):
+        kept = positions[0, h, :101].long().cpu()
+        assert len(set(kept.tolist())) == 101
+        is_kept = torch.zeros(300, dtype=torch.bool).index_fill(0, kept, True)
+        assert scores[0, h][is_kept].min() >= scores[0, h][~is_kept].max()
+
+
+def test_pooling_prefers_what_follows_a_peak(device: torch.device) -> None:
+    """A window on the wrong side of a position would pass against a reference that shares the mistake."""
+    scores = torch.zeros(1, 1, 40)
+    scores[0, 0, 10] = 1.0
+    lens, budgets = torch.tensor([40], device=device), torch.tensor([5], device=device)
+    options = {**DEFAULTS, "pooling": 4}
+    positions, _ = select_positions(scores.to(device), lens, budgets, max_budget=5, **options)
+    assert sorted(positions[0, 0].tolist()) == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_short_row_selects_every_whole_block(device: torch.device, granularity: int) -> None:
+    """A short context that is thinned although it fits the budget would pass a test of long ones."""
+    scores = make_scores(torch.tensor([37]), 1, 64)
+    lens, budgets = torch.tensor([37], device=device), torch.tensor([48], device=device)
+    options = {**DEFAULTS, "granularity": granularity, "recent_window": 8}
+    positions, num_selected = select_positions(scores.to(device), lens, budgets, max_budget=50, **options)
+    count = 37 // granularity * granularity
+    assert num_selected.tolist() == [count]
+    assert sorted(positions[0, 0, :count].tolist()) == list(range(count))
+    assert (positions[0, 0, count:] == -1).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("pooling", [0, 3])
+@pytest.mark.parametrize("granularity", [1, 4])
+def test_non_finite_scores_still_fill_the_budget(
+    device: torch.device, value: float, pooling: int, granularity: int
+) -> None:
+    """NaN sorts above everything in torch: without it unselectable blocks could be picked, or positions repeated."""
+    scores = torch.rand(3, 1, 64)
+    scores[0] = value
+    scores[1, 0, 20] = value
+    lens, budgets = torch.tensor([64, 41, 64], device=device), torch.tensor([16, 16, 16], device=device)
+    options = {"sink": 4, "recent_window": 4, "pooling": pooling, "granularity": granularity}
+    positions, num_selected = select_positions(scores.to(device), lens, budgets, max_budget=16, **options)
+    assert num_selected.tolist() == [16, 16, 16]
+    for row, length in zip(positions[:, 0].tolist(), lens.tolist(), strict=True):
+        assert len(set(row)) == 16
+        assert set(range(4)) <= set(row)
+        assert max(row) < length // granularity * granularity
+        assert min(row) == 0
+    assert (20 in positions[1, 0].tolist()) == (value == torch.inf)
+
+
+def test_rejects_wrong_arguments() -> None:
+    """A granularity that no caller handles, or scores of another dtype, would go through."""
+    scores, lens = torch.zeros(1, 1, 8), torch.tensor([8])
+    with pytest.raises(ValueError, match="granularity"):
+        select_positions(scores, lens, lens, max_budget=8, **{**DEFAULTS, "granularity": 2})
+    with pytest.raises(ValueError, match="sink"):
+        select_positions(scores, lens, lens, max_budget=8, **{**DEFAULTS, "sink": -1})
+    with pytest.raises(ValueError, match="scores"):
+        select_positions(scores.half(), lens, lens, max_budget=8, **DEFAULTS)
+    with pytest.raises(ValueError, match="budgets"):
+        select_positions(scores, lens, lens[:0], max_budget=8, **DEFAULTS)
+
+
+@pytest.mark.gpu
+def test_can_be_captured_in_a_graph() -> None:
+    """A hidden synchronisation would pass every eager test; capture refuses it."""
+    scores = torch.rand(4, 2, 500, device="cuda")
+    lens, budgets = torch.full((4,), 500, device="cuda"), torch.full((4,), 64, device="cuda")
+    options = {"max_budget": 64, "sink": 4, "recent_window": 16, "pooling": 8, "granularity": 4}
+    select_positions(scores, lens, budgets, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        positions, _ = select_positions(scores, lens, budgets, **options)
+    lens.fill_(90)
+    graph.replay()
+    expected, _ = select_positions_reference(scores.cpu(), lens.cpu(), budgets.cpu(), **options)
+    assert torch.equal(positions.cpu().sort(-1).values, expected.sort(-1).values)
