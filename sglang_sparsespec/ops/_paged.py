@@ -167,9 +167,10 @@ class _Step:
         self.starts = take_rows(problem.query_starts, rows)[:, None]
         self.lens = take_rows(problem.query_lens, rows)[:, None]
         slots = problem.req_to_token[:, : group.kv_len].index_select(0, take_rows(problem.req_pool_indices, rows))
-        # padding reads the request's own first token, which is as finite as the request is
+        # padding reads the request's own first token, which is as finite as the request is; without queries, slot 0
+        kv_lens = (self.starts + self.lens).masked_fill(self.lens == 0, 0)
         first = slots[:, :1].masked_fill(self.lens == 0, 0)
-        self.slots = torch.where(self.positions < self.starts + self.lens, slots, first)
+        self.slots = torch.where(self.positions < kv_lens, slots, first)
         # [R, T]
         self.is_valid = torch.arange(group.num_queries, device=device) < self.lens
         self.q = take_rows(problem.q, rows)[:, : group.num_queries]
@@ -214,7 +215,9 @@ class _Step:
             value.masked_fill_(~self.is_valid[..., None, None], 0.0)
             put_rows(out[:, : self.num_queries, q_heads], self.rows, value)
         if scores is not None and problem.score_lens is not None:
-            total.masked_fill_((self.positions >= take_rows(problem.score_lens, self.rows)[:, None])[:, None], 0.0)
+            # without queries the whole row was computed from slot 0
+            score_lens = take_rows(problem.score_lens, self.rows)[:, None].masked_fill(self.lens == 0, 0)
+            total.masked_fill_((self.positions >= score_lens)[:, None], 0.0)
             put_rows(scores[:, heads.start : heads.stop, : self.kv_len], self.rows, total)
 
     def _hidden(self, start: int, end: int, seen: int, group: int) -> tuple[int, torch.Tensor]:

@@ -121,6 +121,16 @@ def _reduce_kernel(
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=o_d < D)
 
 
+def choose_tiles(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Entries per tile, and how many warps and loads in flight a program has."""
+    return {
+        "BS": 32 if head_dim > 128 or dtype == torch.float32 else 64,
+        "BD": max(16, triton.next_power_of_2(head_dim)),
+        "num_warps": 4,
+        "num_stages": 2,
+    }
+
+
 def sparse_decode_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -141,10 +151,10 @@ def sparse_decode_triton(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_reqs == 0:
         return out
-    block = 32 if head_dim > 128 or q.dtype == torch.float32 else 64
+    tiles = choose_tiles(head_dim, q.dtype)
+    block, block_dim = tiles["BS"], tiles["BD"]
     if num_splits is None:
         num_splits = choose_num_splits(num_reqs * num_kv_heads, max_kv_len, block, q.device)
-    block_dim = max(16, triton.next_power_of_2(head_dim))
     part = lse = out
     if num_splits > 1:
         part = torch.empty((num_reqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
@@ -174,13 +184,10 @@ def sparse_decode_triton(
         G=group,
         D=head_dim,
         BG=max(16, triton.next_power_of_2(group)),
-        BD=block_dim,
-        BS=block,
         NUM_SPLITS=num_splits,
         HAS_CAP=logit_cap > 0.0,
         PRECISION=dot_precision(q.dtype),
-        num_warps=4,
-        num_stages=2,
+        **tiles,
     )
     if num_splits > 1:
         _reduce_kernel[(num_reqs, num_q_heads)](
