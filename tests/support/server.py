@@ -35,6 +35,8 @@ CPU_SERVER = {"--device": "cpu", "--dtype": "float32"}
 # what stock SGLang needs on top to serve without a GPU; SPARSESPEC chooses for itself
 PLAIN_CPU_SERVER = {"--attention-backend": "torch_native", "--disable-overlap-schedule": None}
 LOG_TAIL_LINES = 60
+# kills the group when the test process ends without stopping its server, however it ends
+WATCHDOG = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 class ServerError(RuntimeError):
@@ -77,6 +79,7 @@ class Server:
         self.command += ["--model-path", str(model_path), "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += with_defaults(args)
         self._process: subprocess.Popen[bytes] | None = None
+        self._watchdog: subprocess.Popen[bytes] | None = None
         self._descendants: dict[int, psutil.Process] = {}
         self._log: IO[bytes] | None = None
         self.log_path = Path()
@@ -102,6 +105,12 @@ class Server:
             cwd=self._cwd,
             start_new_session=True,
         )
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-c", WATCHDOG, str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         Server.live.add(self)
         try:
             self._wait_until_healthy()
@@ -117,7 +126,7 @@ class Server:
             with contextlib.suppress(requests.RequestException):
                 if requests.get(self.url + "/health", timeout=10).status_code == 200:
                     return
-            time.sleep(0.5)
+            time.sleep(1.0)
         raise ServerError(f"no answer from /health within {self.timeout_s:.0f} s\n{self.describe()}")
 
     def stop(self) -> None:
@@ -131,6 +140,9 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
+        if self._watchdog is not None:
+            self._watchdog.kill()
+            self._watchdog.communicate()
         members = list(self._descendants.values())
         _, left = psutil.wait_procs(members, timeout=15)
         left = [member for member in left if is_running(member)]
