@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
 import time
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-QUESTION = "Summarize the text above: what are names, blocks and scopes, and what happens when a name is not found?"
+QUESTION = "Summarize the text above: which ideas does it explain, and how do they depend on each other?"
 CHARACTERS_PER_TOKEN = 4
 TIMEOUT_S = 600
 
@@ -43,29 +44,27 @@ class Figures:
         return (self.completion_tokens - 1) / seconds if self.completion_tokens > 1 and seconds > 0 else None
 
 
-def source_text() -> str:
-    """A few thousand words of English that come with Python: chapters of its language reference."""
+def source_text() -> tuple[str, str]:
+    """A few thousand words that come with Python, and what they are."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-        return "\n\n".join(topics[name] for name in ("execmodel", "exceptions", "import", "classes") if name in topics)
     except ImportError:
         # some systems package Python without its documentation
-        parts = [
-            importlib.import_module(name).__doc__ or "" for name in ("socketserver", "argparse", "heapq", "typing")
-        ]
-        return "\n\n".join([*parts, (importlib.import_module("string").__doc__ or "")])
+        return "the source of Python's module socketserver", inspect.getsource(importlib.import_module("socketserver"))
+    chapters = [topics[name] for name in ("execmodel", "exceptions", "import", "classes") if name in topics]
+    return "part of the Python language reference", "\n\n".join(chapters)
 
 
-def build_prompt(url: str, num_tokens: int) -> str:
-    """The question under a text that fills the prompt up to about `num_tokens`."""
-    text = source_text()
+def build_prompt(url: str, num_tokens: int) -> tuple[str, str]:
+    """The question under a text of about `num_tokens`, and what the text is."""
+    title, text = source_text()
     try:
         total = _post(url, "/tokenize", {"prompt": text})["count"]
     except RuntimeError:
         # fails in SGLang 0.5.17 for a tokenizer that names no maximum length
         total = len(text) // CHARACTERS_PER_TOKEN
     text = text[: len(text) * num_tokens // total].rsplit("\n\n", 1)[0]
-    return f"This is a chapter of the Python language reference.\n\n{text}\n\n---\n\n{QUESTION}"
+    return f"This is {title}.\n\n{text}\n\n---\n\n{QUESTION}", title
 
 
 def stream_chat(url: str, prompt: str, *, max_tokens: int) -> Iterator[str | Figures]:
@@ -116,8 +115,8 @@ def accept_length(url: str) -> float | None:
 
 
 def run(url: str, *, num_prompt_tokens: int, max_tokens: int, since: float | None) -> None:
-    prompt = build_prompt(url, num_prompt_tokens)
-    print(f"\n[{len(prompt):,} characters of the Python language reference, and then:]\n{QUESTION}\n", flush=True)
+    prompt, title = build_prompt(url, num_prompt_tokens)
+    print(f"\n[{title}, {len(prompt):,} characters, and then:]\n{QUESTION}\n", flush=True)
     figures: Figures | None = None
     for piece in stream_chat(url, prompt, max_tokens=max_tokens):
         if isinstance(piece, Figures):
