@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sglang_sparsespec.patches.ledger import Patch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from sglang.srt.server_args import ServerArgs
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from sglang_sparsespec.patches.ledger import Patch
 
 
@@ -81,9 +80,7 @@ def alloc_extend(
     # too few pages left: the allocator notices afterwards and gives up; only the gather must stay in range
     taken = (page + page_offset[request]).clamp(0, max(free_pages.numel() - 1, 0))
     fresh = free_pages[taken] * page_size + position % page_size if free_pages.numel() else torch.zeros_like(position)
-    out_indices.copy_(
-        torch.where(in_last_page, last_loc.long()[request] + 1 + position - prefix_lens[request], fresh)
-    )
+    out_indices.copy_(torch.where(in_last_page, last_loc.long()[request] + 1 + position - prefix_lens[request], fresh))
 
 
 def alloc_decode(

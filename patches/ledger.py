@@ -7,14 +7,16 @@ and raises. Values (module constants, kernels) have no hook type there and are s
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TYPE_CHECKING
 
 import sglang
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
 from sglang_sparsespec.errors import HostContractError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
 
 SUPPORTED_SGLANG = ("0.5.17",)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sglang_sparsespec.errors import RequestError
 from sglang_sparsespec.patches.ledger import Patch
+
+from sglang_sparsespec.errors import RequestError
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput
@@ -27,6 +28,13 @@ def refuse_what_is_not_exact(manager: TokenizerManager, obj: GenerateReqInput, i
             "absent",
             "A processor sees one position at a time and cannot run inside a verify; "
             "serve this request without --speculative-algorithm.",
+        )
+    if (obj.sampling_params or {}).get("sampling_seed") is not None:
+        raise RequestError(
+            "sampling_seed",
+            obj.sampling_params["sampling_seed"],
+            "absent",
+            "SGLang honours seeds with --enable-deterministic-inference only, which SPARSESPEC does not serve.",
         )
 
 

@@ -21,7 +21,9 @@ class RequestError(SparseSpecError, ValueError):
     """A request that asks for something SPARSESPEC cannot do exactly; reported to the client as HTTP 400."""
 
     def __init__(self, thing: str, value: object, allowed: str, advice: str) -> None:
-        super().__init__(f"{thing} is {value!r}; under --speculative-algorithm SPARSESPEC it must be {allowed}. {advice}")
+        super().__init__(
+            f"{thing} is {value!r}; under --speculative-algorithm SPARSESPEC it must be {allowed}. {advice}"
+        )
 
 
 class HostContractError(SparseSpecError, RuntimeError):

@@ -49,7 +49,12 @@ class ScoringBackend(Protocol):
     """A dense backend whose verify yields attention scores in the same pass."""
 
     def forward_verify_with_scores(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch,
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         plan: CapturePlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention output, flat, and scores [num_reqs, num_kv_heads, max_len] float32."""

@@ -87,7 +87,13 @@ class TorchPagedAttnBackend(AttentionBackend):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._write_kv(k, v, layer, forward_batch)
         out, scores = self._attend(
-            q, layer, plan.rows, plan.query_starts, plan.num_queries, score_lens=plan.selectable_lens, max_len=plan.max_len
+            q,
+            layer,
+            plan.rows,
+            plan.query_starts,
+            plan.num_queries,
+            score_lens=plan.selectable_lens,
+            max_len=plan.max_len,
         )
         assert scores is not None
         return out, scores

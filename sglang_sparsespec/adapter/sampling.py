@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sglang.srt.constrained.base_grammar_backend import GrammarMask
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+    from sglang_sparsespec.adapter.penalties import PenalisedRows
+
 
 class Drafts(NamedTuple):
     """What a draft phase proposes."""
@@ -49,16 +51,22 @@ class RoundSampler:
         """Whether drafts of this batch are sampled, and their distributions kept for acceptance."""
         return self.samples_drafts and not info.is_all_greedy
 
-    def draft(self, logits: torch.Tensor, info: SamplingBatchInfo) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def draft(
+        self, logits: torch.Tensor, info: SamplingBatchInfo, penalised: PenalisedRows | None, current: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Choose one draft per request.
 
         Args:
-            logits: [num_reqs, vocab_size]; changed in place by logit bias.
+            logits: [num_reqs, vocab_size]; changed in place by penalties and logit bias.
             info: the batch's sampling parameters.
+            penalised: rows with penalties.
+            current: [num_reqs], int64, the token that was fed.
 
         Returns:
             [num_reqs] int64 and the distribution [num_reqs, vocab_size] float32 it came from, or None.
         """
+        if penalised is not None:
+            penalised.penalise_draft(logits, current)
         if info.logit_bias is not None:
             logits.add_(info.logit_bias)
         if not self.wants_probs(info):
@@ -67,20 +75,31 @@ class RoundSampler:
         return sample(probs, self._coins(probs.shape[0])), probs
 
     def adjust(
-        self, logits: torch.Tensor, info: SamplingBatchInfo, num_draft_tokens: int, grammar_mask: GrammarMask | None
+        self,
+        logits: torch.Tensor,
+        info: SamplingBatchInfo,
+        chain: torch.Tensor,
+        penalised: PenalisedRows | None,
+        grammar_mask: GrammarMask | None,
     ) -> None:
         """Apply what the host applies to logits before sampling, to every position of a verify, in place.
 
         Args:
             logits: [num_reqs * num_draft_tokens, vocab_size].
             info: the batch's sampling parameters.
-            num_draft_tokens: verify width.
-            grammar_mask: over the same rows.
+            chain: [num_reqs, num_draft_tokens], int64, the current token and the drafts.
+            penalised: rows with penalties.
+            grammar_mask: over the rows of `logits`.
+
+        Reference: SamplingBatchInfo.apply_logits_bias, whose order this is.
         """
+        by_request = logits.view(*chain.shape, -1)
+        if penalised is not None:
+            penalised.penalise_verify(by_request, chain)
         if grammar_mask is not None:
             grammar_mask.apply(logits)
         if info.logit_bias is not None:
-            logits.view(-1, num_draft_tokens, logits.shape[-1]).add_(info.logit_bias[:, None])
+            by_request.add_(info.logit_bias[:, None])
 
     def accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo) -> Acceptance:
         """Decide which drafts stand and which token follows them.
@@ -96,8 +115,8 @@ class RoundSampler:
         if info.is_all_greedy:
             return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1))
         probs = self._probs(logits, info, repeat=num_steps + 1).view(num_reqs, num_steps + 1, -1)
-        coins = self._coins(num_reqs, num_steps + 1)
-        return _same_on_all_ranks(accept_chain(drafts.tokens, probs, coins[:, 1:], coins[:, 0], drafts.probs))
+        coins, final_coins = self._coins(num_reqs, num_steps), self._coins(num_reqs)
+        return _same_on_all_ranks(accept_chain(drafts.tokens, probs, coins, final_coins, drafts.probs))
 
     def _probs(self, logits: torch.Tensor, info: SamplingBatchInfo, repeat: int) -> torch.Tensor:
         def expand(values: torch.Tensor) -> torch.Tensor:
@@ -116,10 +135,13 @@ class RoundSampler:
             need_top_p=info.need_top_p_sampling,
             need_min_p=info.need_min_p_sampling,
             filter_order=order,
+            # FlashInfer keeps every tie at a boundary, the host's torch sampler the lowest ids
+            ties="all" if self._flashinfer else "first",
         )
 
     def _coins(self, *shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=self._generator, device=self._generator.device)
+        # float64: float32 coins cannot resolve probabilities below 2**-24
+        return torch.rand(shape, generator=self._generator, device=self._generator.device, dtype=torch.float64)
 
     def _accept_simulated(self, logits: torch.Tensor, drafts: Drafts) -> Acceptance:
         """One draw a batch around SGLANG_SIMULATE_ACC_LEN (bonus counted), like the host's own simulation."""

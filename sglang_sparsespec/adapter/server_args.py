@@ -66,9 +66,7 @@ class SparseSpecServerArgs(ServerArgs):
     ] = _DEFAULTS.granularity
     sparsespec_sharing: Annotated[
         str,
-        Arg(
-            help=_help("one set per KV head (the paper) or per layer.", _DEFAULTS.sharing), choices=list(cfg.SHARINGS)
-        ),
+        Arg(help=_help("one set per KV head (the paper) or per layer.", _DEFAULTS.sharing), choices=list(cfg.SHARINGS)),
     ] = _DEFAULTS.sharing
     sparsespec_draft_sampling: Annotated[
         str,
@@ -97,9 +95,12 @@ class SparseSpecServerArgs(ServerArgs):
     def _handle_cpu_backends(self) -> None:
         from sglang.srt.utils import is_cpu
 
-        # SGLang's default, intel_amx, needs its own CPU engine
-        if self.device == "cpu" and self.attention_backend is None and not is_cpu():
-            self.attention_backend = "torch_native"
+        if self.device == "cpu" and not is_cpu():
+            # SGLang's default, intel_amx, needs its own CPU engine
+            if self.attention_backend is None:
+                self.attention_backend = "torch_native"
+            # an idle scheduler would otherwise poll, and take one of the cores that the next request needs
+            self.sleep_on_idle = True
         super()._handle_cpu_backends()
 
     def _refuse_stray_options(self) -> None:

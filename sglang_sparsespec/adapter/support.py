@@ -5,12 +5,12 @@ docs/features.md shows the same verdicts for people; `tests/adapter/test_support
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_sparsespec.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
@@ -88,8 +88,13 @@ REFUSALS = (
     _off("enable_hierarchical_cache", "Its layer-wise loading is not tested with score capture yet."),
     _off("enable_hisparse", "It is a sparse attention of its own."),
     _off("enable_unified_memory", "Its pool is not laid out as [slots, heads, head_dim]."),
-    _off("enable_deterministic_inference", "A verify runs k + 1 rows where plain decoding runs one; kernels round differently."),
-    _off("rl_on_policy_target", "It asks for bitwise equality with a trainer; a verify rounds differently from a decode."),
+    _off(
+        "enable_deterministic_inference",
+        "A verify runs k + 1 rows where plain decoding runs one; kernels round differently.",
+    ),
+    _off(
+        "rl_on_policy_target", "It asks for bitwise equality with a trainer; a verify rounds differently from a decode."
+    ),
     _off("enable_return_hidden_states", "Hidden states of a verify are not returned."),
     _off("enable_return_routed_experts", "Experts of rejected drafts would be among them."),
     _off("dllm_algorithm", "Diffusion models do not decode token by token."),
@@ -172,7 +177,9 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
     hybrid_markers = ("mamba", "linear_attn", "full_attention_interval", "layers_block_type", "hybrid_override_pattern")
     if any(marker in key for key in vars(model.hf_text_config) for marker in hybrid_markers):
         yield "a hybrid linear-attention model", "recurrent state cannot be rolled back to the accepted token."
-    if getattr(model.hf_text_config, "rope_scaling", None) and "mrope_section" in str(model.hf_text_config.rope_scaling):
+    if getattr(model.hf_text_config, "rope_scaling", None) and "mrope_section" in str(
+        model.hf_text_config.rope_scaling
+    ):
         yield "a model with multimodal rotary embedding", "draft positions are one-dimensional."
 
 

@@ -21,6 +21,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 from sglang_sparsespec import patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
+from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.selection import POLICIES
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
 
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
 
+    from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.speculation.acceptance import Acceptance
 
@@ -58,6 +60,8 @@ class RoundPlan(NamedTuple):
     """[num_reqs, k + 1], int64, KV slots of those positions."""
     max_committed_len: int
     """Bound of n, known to the host without asking the device."""
+    penalised: PenalisedRows | None
+    """Requests with penalties."""
 
 
 class SparseSpecWorker(BaseSpecWorker):
@@ -91,6 +95,7 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
+        self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
 
     # The round
@@ -111,11 +116,10 @@ class SparseSpecWorker(BaseSpecWorker):
         if on_publish is not None:
             on_publish(result.new_seq_lens)
         result.next_draft_input = SparseSpecDraftInput(bonus_tokens=result.next_token_ids)
+        self._penalties.start(batch, result.next_token_ids)
         return result
 
-    def _round(
-        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
-    ) -> GenerationBatchResult:
+    def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
         drafts = self._draft(batch, plan)
@@ -132,7 +136,9 @@ class SparseSpecWorker(BaseSpecWorker):
         else:
             # the device is ahead of the host by one round; what is allocated covers that
             bound = max(req.kv.kv_allocated_len for req in batch.reqs)
-        return RoundPlan(batch.req_pool_indices, committed_lens, positions, slots, bound)
+        return RoundPlan(
+            batch.req_pool_indices, committed_lens, positions, slots, bound, self._penalties.rows_of(batch)
+        )
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""
@@ -151,7 +157,7 @@ class SparseSpecWorker(BaseSpecWorker):
         for step in range(self.config.num_steps):
             self._backend.advance_draft()
             logits = self._draft_step(forward_batch, plan, step, current)
-            current, distribution = self._sampler.draft(logits, batch.sampling_info)
+            current, distribution = self._sampler.draft(logits, batch.sampling_info, plan.penalised, current)
             tokens.append(current)
             probs.append(distribution)
         sampled = [distribution for distribution in probs if distribution is not None]
@@ -221,9 +227,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 device=self.device,
                 barrier=None,
             )
-        self._sampler.adjust(
-            output.next_token_logits, batch.sampling_info, self.config.num_draft_tokens, grammar_mask
-        )
+        self._sampler.adjust(output.next_token_logits, batch.sampling_info, chain, plan.penalised, grammar_mask)
         return output
 
     def _commit(
@@ -238,6 +242,8 @@ class SparseSpecWorker(BaseSpecWorker):
         # [n, n + accept_len)         committed now
         # [n + accept_len, n + k]     rejected: the slots stay with the request, the next round writes there again
         new_seq_lens = plan.committed_lens + acceptance.accept_lens
+        if plan.penalised is not None:
+            self._penalties.append(plan.penalised, acceptance)
         if on_publish is not None:
             on_publish(new_seq_lens)
         predicted = acceptance.accept_tokens.to(torch.int32).flatten()
@@ -256,6 +262,10 @@ class SparseSpecWorker(BaseSpecWorker):
         )
 
     # What SGLang asks of a worker beside rounds
+
+    def prepare_for_kv_cache_release(self, req: Req) -> None:
+        """A request ended, one way or another."""
+        self._penalties.drop(req.rid)
 
     @property
     def draft_worker(self) -> Any:

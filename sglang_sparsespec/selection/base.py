@@ -73,9 +73,7 @@ class SelectionPolicy(ABC):
         if config.sharing == "layer" and scores.shape[1] > 1:
             scores = scores.mean(dim=1, keepdim=True)
         max_budget = self.max_budget(max_len)
-        budgets = budget_tensor(
-            kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget
-        )
+        budgets = budget_tensor(kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget)
         positions, num_selected = select_positions(
             scores,
             kv_lens,

@@ -54,7 +54,13 @@ class SelectionStore:
         self.until[rows] = selection.until
 
     def draft_kv(
-        self, rows: torch.Tensor, committed_lens: torch.Tensor, req_to_token: torch.Tensor, *, max_selected: int, tail: int
+        self,
+        rows: torch.Tensor,
+        committed_lens: torch.Tensor,
+        req_to_token: torch.Tensor,
+        *,
+        max_selected: int,
+        tail: int,
     ) -> DraftKV:
         """Lay out what a round's draft steps read: the selected slots, then every slot since the selection was made.
 
