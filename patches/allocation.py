@@ -8,6 +8,7 @@ from sglang_sparsespec.patches.ledger import Patch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
     from sglang.srt.server_args import ServerArgs
 
 

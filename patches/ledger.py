@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Literal, TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import sglang
 from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType

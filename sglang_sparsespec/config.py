@@ -31,7 +31,7 @@ class SparseSpecConfig:
     """How a server drafts for itself. Paper: SparseSpec (arXiv:2512.01278)."""
 
     num_steps: int = 8
-    """k: drafts per round. Raising it amortises the verify over more tokens and wastes more when drafts are rejected."""
+    """k: drafts per round. Raising it spreads the verify over more tokens, and wastes more when drafts fail."""
     budget_ratio: float = 0.05
     """Share of a request's KV tokens that a draft step may read, per layer and KV head. 1 reads everything."""
     min_budget: int = 192

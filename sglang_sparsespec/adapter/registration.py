@@ -10,7 +10,7 @@ from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_registry import CustomSpecAlgo
 
-from sglang_sparsespec import patches
+import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter import server_args as arguments
 from sglang_sparsespec.errors import HostContractError
 

@@ -97,7 +97,7 @@ class SparseSpecServerArgs(ServerArgs):
 
         if self.device == "cpu" and not is_cpu():
             # SGLang's default, intel_amx, needs its own CPU engine
-            if self.attention_backend is None:
+            if self.attention_backend is None:  # type: ignore[has-type]
                 self.attention_backend = "torch_native"
             # an idle scheduler would otherwise poll, and take one of the cores that the next request needs
             self.sleep_on_idle = True

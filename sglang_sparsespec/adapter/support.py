@@ -11,6 +11,7 @@ from sglang_sparsespec.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
@@ -90,11 +91,9 @@ REFUSALS = (
     _off("enable_unified_memory", "Its pool is not laid out as [slots, heads, head_dim]."),
     _off(
         "enable_deterministic_inference",
-        "A verify runs k + 1 rows where plain decoding runs one; kernels round differently.",
+        "A verify has k + 1 rows where a decode has one; they round differently.",
     ),
-    _off(
-        "rl_on_policy_target", "It asks for bitwise equality with a trainer; a verify rounds differently from a decode."
-    ),
+    _off("rl_on_policy_target", "A trainer wants bitwise equality; a verify rounds differently from a decode."),
     _off("enable_return_hidden_states", "Hidden states of a verify are not returned."),
     _off("enable_return_routed_experts", "Experts of rejected drafts would be among them."),
     _off("dllm_algorithm", "Diffusion models do not decode token by token."),

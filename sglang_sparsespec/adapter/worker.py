@@ -18,7 +18,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, record_stream_for_v2_verify
 
-from sglang_sparsespec import patches
+import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.penalties import Penalties
@@ -319,6 +319,10 @@ class SparseSpecWorker(BaseSpecWorker):
     @property
     def _shares_heads(self) -> bool:
         return self.config.sharing == "layer" or not self._policy.needs_attention
+
+    def clear_cache_pool(self) -> None:
+        """SGLang flushed its cache: nothing runs, so nothing of ours is in use."""
+        self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
 
     def init_cuda_graphs(self) -> None:
         """Rounds run eagerly for now."""
