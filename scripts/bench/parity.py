@@ -1,0 +1,154 @@
+"""Is SPARSESPEC's greedy output that of the same server without it?
+
+    python scripts/bench/parity.py --model PATH --dtype float32                      # CPU, the full set
+    python scripts/bench/parity.py --model PATH --attention-backend triton --tolerance 0.2   # GPU, bf16
+
+Starts the reference, records its output with the gap between its two best tokens, stops it, starts SPARSESPEC, and
+compares up to each request's first divergence. Every prompt runs alone (a sample) and batched, with a cold and a warm
+radix cache. Writes one JSON document; exits 1 when a request diverges where the reference was sure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
+
+from prompts import token_prompts  # noqa: E402
+from provenance import provenance  # noqa: E402
+
+from tests.support.parity import RECORDING, ParityReport, Verdict, compare_greedy  # noqa: E402
+from tests.support.server import Server  # noqa: E402
+
+
+def prompt_lengths(count: int, longest: int) -> list[int]:
+    """Log-uniform from 16 to `longest` tokens, both ends included."""
+    rng = random.Random(7)
+    ratio = longest / 16
+    return [16, longest] + [int(16 * ratio ** rng.random()) for _ in range(count - 2)]
+
+
+def run(server: Server, prompts: list[list[int]], new_tokens: int, concurrency: int, record: bool) -> list[Any]:
+    def one(ids: list[int]) -> Any:
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        return server.generate({"input_ids": ids, "sampling_params": sampling, **(RECORDING if record else {})})
+
+    with ThreadPoolExecutor(concurrency) as pool:
+        return list(pool.map(one, prompts))
+
+
+def passes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """Name -> (prompts, concurrency). The second batched pass finds every prompt in the radix cache."""
+    return {
+        "batched, cold cache": (args.prompts, args.concurrency),
+        "batched, warm cache": (args.prompts, args.concurrency),
+        "alone": (args.alone, 1),
+    }
+
+
+def record_all(model: str, server_args: list[str], prompts: list[list[int]], args: argparse.Namespace) -> Any:
+    outputs, seconds = {}, {}
+    with Server(model, *server_args, timeout_s=600, request_timeout_s=3600) as server:
+        run(server, prompts[:2], 4, 2, record=True)  # kernels compile on first use
+        server.flush_cache()
+        for name, (count, concurrency) in passes(args).items():
+            if name == "alone":
+                server.flush_cache()
+            started = time.monotonic()
+            outputs[name] = run(server, prompts[:count], args.new_tokens, concurrency, record=True)
+            seconds[name] = round(time.monotonic() - started, 2)
+        server.idle_check()
+    return outputs, seconds
+
+
+def summary(report: ParityReport, outputs: list[Any]) -> dict[str, Any]:
+    lengths = [output["meta_info"]["spec_accept_length"] for output in outputs]
+    divergences = [request for request in report.requests if request.verdict is not Verdict.IDENTICAL]
+    return {
+        "requests": len(report.requests),
+        "identical": len(report.with_verdict(Verdict.IDENTICAL)),
+        "near_ties": len(report.with_verdict(Verdict.NEAR_TIE)),
+        "diverged": len(report.with_verdict(Verdict.DIVERGED)),
+        "equal_tokens": report.num_compared,
+        "gaps_at_divergence": sorted(round(r.gap, 6) for r in divergences if r.gap is not None),
+        "accept_length_mean": round(sum(lengths) / len(lengths), 3),
+        "accept_length_min": round(min(lengths), 3),
+    }
+
+
+def max_logprob_difference(reference: list[Any], outputs: list[Any]) -> float:
+    """Largest difference of an output token's log-probability, over each pair's common prefix."""
+    worst = 0.0
+    for a, b in zip(reference, outputs, strict=True):
+        pairs = zip(a["meta_info"]["output_token_logprobs"], b["meta_info"]["output_token_logprobs"], strict=False)
+        for x, y in pairs:
+            if x[1] != y[1]:
+                break
+            worst = max(worst, abs(x[0] - y[0]))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokenizer", help="for the prompts; default: the model's")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--alone", type=int, default=8, help="prompts that also run alone")
+    parser.add_argument("--longest", type=int, default=3000, help="longest prompt, tokens")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--dtype")
+    parser.add_argument("--attention-backend")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="gap up to which a difference is a near-tie, nats"
+    )
+    parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeat")
+    parser.add_argument("--spec-arg", action="append", default=[], help="for SPARSESPEC alone; repeat")
+    parser.add_argument("--name", default="parity")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    prompts = token_prompts(tokenizer, prompt_lengths(args.prompts, args.longest))
+    common = list(args.server_arg)
+    if args.dtype:
+        common += ["--dtype", args.dtype]
+    if args.attention_backend:
+        common += ["--attention-backend", args.attention_backend]
+    pool = sum(map(len, prompts)) + args.concurrency * (args.longest + args.new_tokens + 64)
+    common += ["--max-total-tokens", str(pool), "--max-running-requests", str(args.concurrency)]
+
+    reference, reference_seconds = record_all(args.model, common, prompts, args)
+    spec_args = [*common, "--speculative-algorithm", "SPARSESPEC", *args.spec_arg]
+    outputs, seconds = record_all(args.model, spec_args, prompts, args)
+
+    document: dict[str, Any] = {"name": args.name, **provenance(), "server_args": spec_args, "passes": {}}
+    ok = True
+    for name in reference:
+        report = compare_greedy(reference[name], outputs[name], tol=args.tolerance)
+        ok &= report.ok
+        document["passes"][name] = {
+            **summary(report, outputs[name]),
+            "max_logprob_difference": max_logprob_difference(reference[name], outputs[name]),
+            "seconds_reference": reference_seconds[name],
+            "seconds_sparsespec": seconds[name],
+        }
+        print(f"{args.name}, {name}: {report}")
+        print(json.dumps(document["passes"][name]))
+    if args.output:
+        args.output.write_text(json.dumps(document, indent=1) + "\n")
+    sys.exit(0 if ok else 1)
+
+
+if __name__ == "__main__":
+    main()
