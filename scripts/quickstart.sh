@@ -80,10 +80,12 @@ else
 fi
 
 command=("$PYTHON" -m sglang.launch_server --model-path "$model" --host 127.0.0.1 --port "$port")
-command+=(--speculative-algorithm SPARSESPEC)
+# SGLang updates the accept length that it reports whenever it logs
+command+=(--speculative-algorithm SPARSESPEC --decode-log-interval 4)
 [ -z "$dtype" ] || command+=(--dtype "$dtype")
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    command+=(--device cpu)
+    # bounded, because SGLang would give most of the machine's memory to the KV pool
+    command+=(--device cpu --max-total-tokens 32768 --max-running-requests 16)
 fi
 command+=(${server_args[@]+"${server_args[@]}"})
 
@@ -91,13 +93,14 @@ stop_server() {
     trap - EXIT INT TERM
     if [ -n "${server:-}" ] && kill -0 "$server" 2>/dev/null; then
         say "stopping the server"
-        # its own process group: the scheduler and the detokenizer as well
-        kill -TERM -- "-$server" 2>/dev/null || true
-        for _ in $(seq 40); do
-            kill -0 -- "-$server" 2>/dev/null || return 0
+        kill -TERM "$server" 2>/dev/null || true
+        for _ in $(seq 60); do
+            kill -0 "$server" 2>/dev/null || break
             sleep 0.25
         done
+        # its process group: a scheduler or a detokenizer that is still there
         kill -KILL -- "-$server" 2>/dev/null || true
+        wait "$server" 2>/dev/null || true
     fi
 }
 

@@ -109,7 +109,10 @@ def stream_chat(url: str, prompt: str, *, max_tokens: int) -> Iterator[str | Fig
 
 
 def accept_length(url: str) -> float | None:
-    """Completion tokens per verify since the server started; None without speculation."""
+    """Completion tokens per verify since the server started; None without speculation.
+
+    SGLang adds to this average every `--decode-log-interval` steps, so a short answer needs a short interval.
+    """
     with urllib.request.urlopen(url + "/server_info", timeout=TIMEOUT_S) as response:
         return json.load(response)["internal_states"][0].get("avg_spec_accept_length")
 
@@ -135,9 +138,8 @@ def run(url: str, *, num_prompt_tokens: int, max_tokens: int, since: float | Non
     if length is not None:
         print(f"  accept length   {length:.2f} tokens per full-attention pass (1.00 without speculation)")
     if since is not None:
-        print(
-            f"  start to text   {figures.first_token_at - since:.0f} s from the end of the downloads to the first token"
-        )
+        seconds = figures.first_token_at - since
+        print(f"  start-up        {seconds:.0f} s from the end of the downloads to the first token")
     sys.stdout.flush()
 
 

@@ -28,8 +28,14 @@ import requests
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-# a pool of 20,000 tokens and 16 requests: enough for the tests, and quick to allocate
-SMALL_SERVER = {"--max-total-tokens": "20000", "--max-running-requests": "16", "--random-seed": "1"}
+SMALL_SERVER = {
+    # enough for the tests, and quick to allocate
+    "--max-total-tokens": "20000",
+    "--max-running-requests": "16",
+    "--random-seed": "1",
+    # the accept length in /server_info moves only when SGLang logs
+    "--decode-log-interval": "1",
+}
 # by itself SGLang takes a float32 checkpoint down to bf16, where ties between two logits are common
 CPU_SERVER = {"--device": "cpu", "--dtype": "float32"}
 # what stock SGLang needs on top to serve without a GPU; SPARSESPEC chooses for itself
