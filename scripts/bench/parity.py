@@ -100,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", help="for the prompts; default: the model's")
+    parser.add_argument("--random-tokens", type=int, metavar="VOCAB", help="random prompts, for random weights")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--alone", type=int, default=8, help="prompts that also run alone")
     parser.add_argument("--longest", type=int, default=3000, help="longest prompt, tokens")
@@ -118,8 +119,12 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    prompts = token_prompts(tokenizer, prompt_lengths(args.prompts, args.longest))
+    lengths = prompt_lengths(args.prompts, args.longest)
+    if args.random_tokens:
+        rng = random.Random(0)
+        prompts = [[rng.randrange(args.random_tokens) for _ in range(length)] for length in lengths]
+    else:
+        prompts = token_prompts(AutoTokenizer.from_pretrained(args.tokenizer or args.model), lengths)
     common = list(args.server_arg)
     if args.dtype:
         common += ["--dtype", args.dtype]
