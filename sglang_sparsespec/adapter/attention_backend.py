@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sglang_sparsespec.adapter.metrics import RefreshTimer
     from sglang_sparsespec.selection import SelectionPolicy
     from sglang_sparsespec.selection.store import DraftKV, SelectionStore
 
@@ -70,6 +71,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         policy: scores and selects.
         store: where selections are kept.
         num_queries: queries captured at the end of a prompt (a verify captures all of its own).
+        timer: of capture and selection.
     """
 
     def __init__(
@@ -79,12 +81,14 @@ class SparseSpecAttnBackend(AttentionBackend):
         policy: SelectionPolicy,
         store: SelectionStore,
         num_queries: int,
+        timer: RefreshTimer,
     ) -> None:
         super().__init__()
         self.dense = dense
         self.policy = policy
         self.store = store
         self.num_queries = num_queries
+        self.timer = timer
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
@@ -165,16 +169,19 @@ class SparseSpecAttnBackend(AttentionBackend):
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if not self.policy.needs_attention:
             out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            self._refresh(layer, plan, None)
+            with self.timer.layer():
+                self._refresh(layer, plan, None)
             return out
         if self._scored_in_pass and plan.token_index is None:
             out, scores = self.dense.forward_verify_with_scores(q, k, v, layer, forward_batch, plan)
+            with self.timer.layer():
+                self._refresh(layer, plan, scores)
         else:
             # some backends rotate or overwrite q in place: it is kept aside first
             queries = self._captured_queries(q, layer, plan)
             out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-            scores = self._capture_scores(queries, layer, plan)
-        self._refresh(layer, plan, scores)
+            with self.timer.layer():
+                self._refresh(layer, plan, self._capture_scores(queries, layer, plan))
         return out
 
     def forward_decode(

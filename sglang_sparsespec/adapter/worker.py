@@ -21,6 +21,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
+from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
@@ -95,6 +96,7 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
+        self._metrics = RoundMetrics(server_args, self.config.num_steps, is_reporting_rank=ps.tp_rank == 0)
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
 
@@ -128,6 +130,8 @@ class SparseSpecWorker(BaseSpecWorker):
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
+        kv_lens = [req.kv_committed_len for req in batch.reqs]
+        self._metrics.plan(kv_lens, [self._policy.budget(kv_len) for kv_len in kv_lens])
         committed_lens = batch.seq_lens.long()
         positions = committed_lens[:, None] + self._offsets
         slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], positions].long()
@@ -303,7 +307,12 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         dense = TorchPagedAttnBackend(runner) if self.device == "cpu" else runner.attn_backend
         self._backend = SparseSpecAttnBackend(
-            dense, runner, self._policy, self._store, num_queries=self.config.num_draft_tokens
+            dense,
+            runner,
+            self._policy,
+            self._store,
+            num_queries=self.config.num_draft_tokens,
+            timer=self._metrics.refresh,
         )
         runner.attn_backend = self._backend
         logger.info(
@@ -319,6 +328,10 @@ class SparseSpecWorker(BaseSpecWorker):
     @property
     def _shares_heads(self) -> bool:
         return self.config.sharing == "layer" or not self._policy.needs_attention
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """The outcome of an earlier round has arrived on the host."""
+        self._metrics.verified(num_correct_drafts_per_req)
 
     def clear_cache_pool(self) -> None:
         """SGLang flushed its cache: nothing runs, so nothing of ours is in use."""

@@ -88,5 +88,8 @@ class SelectionPolicy(ABC):
 
     def max_budget(self, max_len: int) -> int:
         """Tokens that the longest of some requests may select, given a bound of their lengths."""
-        budget = budget_tokens(max_len, ratio=self.config.budget_ratio, min_budget=self.config.min_budget)
-        return max(min(budget, max_len), self.config.block_size)
+        return max(min(self.budget(max_len), max_len), self.config.block_size)
+
+    def budget(self, kv_len: int) -> int:
+        """Tokens that a request of `kv_len` tokens may select."""
+        return budget_tokens(kv_len, ratio=self.config.budget_ratio, min_budget=self.config.min_budget)

@@ -1,0 +1,164 @@
+"""What an operator sees of the rounds, beside SGLang's own accept length and rate.
+
+Three numbers: accept length, budget share, refresh time. They go to Prometheus (`--enable-metrics`) and, every
+`--decode-log-interval` rounds, to a log line. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator  # noqa: TC003 - contextmanager reads the annotation
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+
+logger = logging.getLogger(__name__)
+
+# arbitrary: long enough to see every layer of many rounds, rare enough that two events per layer cost nothing
+TIMED_EVERY = 64
+# below this accept length a round earns less than one draft; arbitrary, no evidence for this very value
+POOR_ACCEPT_LENGTH = 1.3
+POOR_AFTER_VERIFIES = 2000
+
+
+class RefreshTimer:
+    """Time that score capture and selection take in a round, measured in one round out of TIMED_EVERY."""
+
+    def __init__(self, device: str) -> None:
+        self._on_cuda = device == "cuda"
+        self._round = 0
+        self._pending: deque[list[tuple[Any, Any]]] = deque(maxlen=2)
+        self._spans: list[tuple[Any, Any]] | None = None
+        self.last_ms: float | None = None
+
+    def next_round(self) -> None:
+        """Close the round that was timed, start timing another when its turn comes."""
+        if self._spans:
+            self._pending.append(self._spans)
+        self._spans = [] if self._round % TIMED_EVERY == 0 else None
+        self._round += 1
+        self._collect()
+
+    @contextmanager
+    def layer(self) -> Iterator[None]:
+        """Around one layer's capture and selection."""
+        if self._spans is None:
+            yield
+            return
+        start = self._now()
+        yield
+        self._spans.append((start, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _collect(self) -> None:
+        if not self._pending:
+            return
+        spans = self._pending[0]
+        if self._on_cuda:
+            if not spans[-1][1].query():
+                return
+            self.last_ms = sum(start.elapsed_time(end) for start, end in spans)
+        else:
+            self.last_ms = 1e3 * sum(end - start for start, end in spans)
+        self._pending.popleft()
+
+
+class RoundMetrics:
+    """Counts rounds; reports at SGLang's own log interval.
+
+    Args:
+        server_args: whether and how often to report.
+        num_steps: k.
+        is_reporting_rank: one rank of a tensor-parallel group speaks.
+    """
+
+    def __init__(self, server_args: SparseSpecServerArgs, num_steps: int, is_reporting_rank: bool) -> None:
+        self.refresh = RefreshTimer(server_args.device)
+        self._num_steps = num_steps
+        self._interval = server_args.decode_log_interval
+        self._speaks = is_reporting_rank
+        self._gauges = _gauges(server_args) if server_args.enable_metrics and is_reporting_rank else None
+        self._has_warned = False
+        self._verifies = self._accept_tokens = 0
+        self._window_verifies = self._window_accept_tokens = 0
+        self._rounds = 0
+        self._share = 0.0
+
+    def plan(self, kv_lens: list[int], budgets: list[int]) -> None:
+        """Note the share of KV that the drafts of a round read, from lengths that the host knows."""
+        self._share = sum(map(min, budgets, kv_lens)) / max(1, sum(kv_lens))
+        self.refresh.next_round()
+
+    def verified(self, num_correct_drafts: list[int]) -> None:
+        """Note the outcome of a round, when it has arrived on the host."""
+        self._rounds += 1
+        self._window_verifies += len(num_correct_drafts)
+        self._window_accept_tokens += sum(num_correct_drafts) + len(num_correct_drafts)
+        if self._rounds % self._interval == 0:
+            self._report()
+
+    def _report(self) -> None:
+        accept_length = self._window_accept_tokens / max(1, self._window_verifies)
+        self._verifies += self._window_verifies
+        self._accept_tokens += self._window_accept_tokens
+        self._window_verifies = self._window_accept_tokens = 0
+        refresh_ms = self.refresh.last_ms
+        if self._speaks:
+            logger.info(
+                "SPARSESPEC: accept length %.2f of %d, budget share %.3f, selection refresh %s ms/round",
+                accept_length,
+                self._num_steps + 1,
+                self._share,
+                "n/a" if refresh_ms is None else f"{refresh_ms:.2f}",
+            )
+        if self._gauges is not None:
+            self._gauges["accept_length"].set(accept_length)
+            self._gauges["budget_share"].set(self._share)
+            if refresh_ms is not None:
+                self._gauges["selection_refresh_ms"].set(refresh_ms)
+        self._warn_if_poor()
+
+    def _warn_if_poor(self) -> None:
+        if self._has_warned or not self._speaks or self._verifies < POOR_AFTER_VERIFIES:
+            return
+        mean = self._accept_tokens / self._verifies
+        if mean < POOR_ACCEPT_LENGTH:
+            self._has_warned = True
+            logger.warning(
+                "SPARSESPEC: mean accept length is %.2f after %d verifies; below %.1f drafting costs more than it "
+                "saves. Raise --sparsespec-budget-ratio or --sparsespec-min-budget, lower --speculative-num-steps, or "
+                "serve this workload without --speculative-algorithm.",
+                mean,
+                self._verifies,
+                POOR_ACCEPT_LENGTH,
+            )
+
+
+def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
+    # SGLang sets PROMETHEUS_MULTIPROC_DIR before anything may import this
+    from prometheus_client import Gauge
+
+    labels = {"model_name": server_args.served_model_name or server_args.model_path}
+    texts = {
+        "accept_length": "Completion tokens per verify over the last log interval, bonus token included.",
+        "budget_share": "Share of the running requests' KV tokens that draft steps select.",
+        "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
+    }
+    return {
+        name: Gauge(f"sglang:sparsespec_{name}", text, labelnames=labels.keys(), multiprocess_mode="mostrecent").labels(
+            **labels
+        )
+        for name, text in texts.items()
+    }
