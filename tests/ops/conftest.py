@@ -7,9 +7,13 @@ The interpreter must be chosen before Triton is first imported, so its tests run
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
@@ -30,6 +34,15 @@ def backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(backend: str) -> torch.device:
     return torch.device("cuda" if HAS_GPU and backend != "cpu" else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def single_thread() -> Iterator[None]:
+    """On a shared machine threads wait for each other longer than these sizes take to compute."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(autouse=True)
