@@ -93,14 +93,16 @@ stop_server() {
     trap - EXIT INT TERM
     if [ -n "${server:-}" ] && kill -0 "$server" 2>/dev/null; then
         say "stopping the server"
-        kill -TERM "$server" 2>/dev/null || true
+        # SGLang ends itself with SIGKILL, and bash would report that
+        exec 2>/dev/null
+        kill -TERM "$server" || true
         for _ in $(seq 60); do
-            kill -0 "$server" 2>/dev/null || break
+            kill -0 "$server" || break
             sleep 0.25
         done
         # its process group: a scheduler or a detokenizer that is still there
-        kill -KILL -- "-$server" 2>/dev/null || true
-        wait "$server" 2>/dev/null || true
+        kill -KILL -- "-$server" || true
+        wait "$server" || true
     fi
 }
 
@@ -170,6 +172,6 @@ The server goes on at http://127.0.0.1:$port (OpenAI API). Try it from another t
 To stop it: Ctrl-C here, or kill $server
 EOF
 # an end by `kill` is not a failure
-wait "$server" || true
+{ wait "$server" || true; } 2>/dev/null
 server=""
 say "the server has ended"
