@@ -56,7 +56,8 @@ class SparseSpecConfig:
 
     def __post_init__(self) -> None:
         _check_range("speculative-num-steps", self.num_steps, 1, 64, prefix="--")
-        if not 0 < self.budget_ratio <= 1:
+        is_number = isinstance(self.budget_ratio, float | int) and not isinstance(self.budget_ratio, bool)
+        if not is_number or not 0 < self.budget_ratio <= 1:
             raise ConfigError(
                 f"{OPTION_PREFIX}budget-ratio",
                 self.budget_ratio,

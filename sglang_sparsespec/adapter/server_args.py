@@ -143,7 +143,7 @@ def resolve(server_args: ServerArgs) -> None:
             "the class that sglang-sparsespec installs",
             "Call sglang.srt.plugins.load_plugins() before building ServerArgs.",
         )
-    num_steps = server_args.speculative_num_steps or DEFAULT_NUM_STEPS
+    num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
     config = SparseSpecConfig(num_steps=num_steps, **options)
     check_supported(server_args, config)

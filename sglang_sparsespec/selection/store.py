@@ -47,8 +47,9 @@ class SelectionStore:
 
     def write(self, layer: int, rows: torch.Tensor, selection: Selection) -> None:
         """Replace one layer's selection of the requests at `rows` ([num_reqs], int64)."""
-        budget = selection.positions.shape[-1]
-        self.positions[layer, rows, :, :budget] = selection.positions
+        # made under a bound of the lengths that may pass the context limit; what lies beyond the store is padding
+        width = min(selection.positions.shape[-1], self.positions.shape[-1])
+        self.positions[layer, rows, :, :width] = selection.positions[..., :width]
         # the same for every layer of a refresh
         self.num_selected[rows] = selection.num_selected
         self.until[rows] = selection.until

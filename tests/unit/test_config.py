@@ -1,0 +1,140 @@
+"""SparseSpecConfig: every bound from both sides, and errors that say what to do."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from typing import Any
+
+import pytest
+
+from sglang_sparsespec import config as cfg
+from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import ConfigError, SparseSpecError
+from sglang_sparsespec.selection import POLICIES
+
+VALID: list[tuple[str, Any]] = [
+    ("num_steps", 1),
+    ("num_steps", 64),
+    ("budget_ratio", 1e-9),
+    ("budget_ratio", 1.0),
+    ("budget_ratio", 1),
+    ("min_budget", 1),
+    ("min_budget", 10**6),
+    ("recent_window", 0),
+    ("sink", 0),
+    ("score_pooling", 0),
+    ("score_pooling", 1024),
+    *(("selection", choice) for choice in cfg.SELECTIONS),
+    *(("granularity", choice) for choice in cfg.GRANULARITIES),
+    *(("sharing", choice) for choice in cfg.SHARINGS),
+    *(("draft_sampling", choice) for choice in cfg.DRAFT_SAMPLINGS),
+    *(("schedule", choice) for choice in cfg.SCHEDULES),
+]
+
+# field, value, the option as the user writes it
+INVALID: list[tuple[str, Any, str]] = [
+    ("num_steps", 0, "--speculative-num-steps"),
+    ("num_steps", -1, "--speculative-num-steps"),
+    ("num_steps", 65, "--speculative-num-steps"),
+    ("num_steps", 2.0, "--speculative-num-steps"),
+    ("num_steps", True, "--speculative-num-steps"),
+    ("num_steps", "8", "--speculative-num-steps"),
+    ("num_steps", None, "--speculative-num-steps"),
+    ("budget_ratio", 0, "--sparsespec-budget-ratio"),
+    ("budget_ratio", -0.1, "--sparsespec-budget-ratio"),
+    ("budget_ratio", 1.0001, "--sparsespec-budget-ratio"),
+    ("budget_ratio", float("nan"), "--sparsespec-budget-ratio"),
+    ("budget_ratio", float("inf"), "--sparsespec-budget-ratio"),
+    ("min_budget", 0, "--sparsespec-min-budget"),
+    ("min_budget", 192.0, "--sparsespec-min-budget"),
+    ("min_budget", "192", "--sparsespec-min-budget"),
+    ("recent_window", -1, "--sparsespec-recent-window"),
+    ("recent_window", 0.5, "--sparsespec-recent-window"),
+    ("sink", -1, "--sparsespec-sink"),
+    ("sink", True, "--sparsespec-sink"),
+    ("score_pooling", -1, "--sparsespec-score-pooling"),
+    ("score_pooling", 1025, "--sparsespec-score-pooling"),
+    ("score_pooling", 1.5, "--sparsespec-score-pooling"),
+    ("selection", "Pillar", "--sparsespec-selection"),
+    ("selection", "", "--sparsespec-selection"),
+    ("granularity", "2", "--sparsespec-granularity"),
+    ("granularity", 4, "--sparsespec-granularity"),
+    ("sharing", "none", "--sparsespec-sharing"),
+    ("draft_sampling", None, "--sparsespec-draft-sampling"),
+    ("schedule", "unified", "--sparsespec-schedule"),
+]
+
+
+def assert_four_parts(error: BaseException, thing: str, value: object) -> None:
+    """The thing, what it was, what is allowed, what to do."""
+    message = str(error)
+    head = f"{thing} is {value!r}; it must be "
+    assert message.startswith(head), message
+    allowed, _, advice = message.removeprefix(head).partition(". ")
+    assert allowed, message
+    assert advice.endswith("."), message
+
+
+@pytest.mark.parametrize(("field", "value"), VALID, ids=str)
+def test_config_accepts_the_ends_of_every_range(field: str, value: Any) -> None:
+    """A bound that is off by one would refuse what the documentation offers."""
+    assert getattr(SparseSpecConfig(**{field: value}), field) == value
+
+
+@pytest.mark.parametrize(("field", "value", "option"), INVALID, ids=str)
+def test_config_refuses_what_lies_outside(field: str, value: Any, option: str) -> None:
+    """Without the check a bad value would surface as a crash inside a scheduler, or as silently poor drafts."""
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(**{field: value})
+    assert_four_parts(caught.value, option, value)
+
+
+@pytest.mark.parametrize("value", ["0.05", None, True], ids=repr)
+def test_config_refuses_a_budget_ratio_of_the_wrong_type(value: Any) -> None:
+    """From Engine(...) any type can arrive; a bare TypeError names neither the option nor its range."""
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(budget_ratio=value)
+    assert_four_parts(caught.value, "--sparsespec-budget-ratio", value)
+
+
+def test_every_field_is_tried_on_both_sides() -> None:
+    """A new option without a bounds test would go unnoticed."""
+    fields = {field.name for field in dataclasses.fields(SparseSpecConfig)}
+    assert {name for name, _ in VALID} == fields
+    assert {name for name, _, _ in INVALID} == fields
+
+
+def test_config_refuses_a_budget_below_one_block() -> None:
+    """A budget of less than a block selects nothing at all."""
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(min_budget=15, granularity="16")
+    assert_four_parts(caught.value, "--sparsespec-min-budget", 15)
+    assert SparseSpecConfig(min_budget=16, granularity="16").block_size == 16
+    assert SparseSpecConfig(min_budget=1, granularity="token").block_size == 1
+
+
+def test_config_is_a_value() -> None:
+    """It travels to the schedulers by pickle; a mutable or an unequal copy would let ranks disagree."""
+    config = SparseSpecConfig(sink=3, granularity="4")
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+    assert hash(config) == hash(SparseSpecConfig(sink=3, granularity="4"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.sink = 4  # type: ignore[misc]
+
+
+def test_num_draft_tokens_counts_the_current_token() -> None:
+    """The verify is one token wider than the draft is long."""
+    assert SparseSpecConfig(num_steps=5).num_draft_tokens == 6
+
+
+def test_selection_choices_are_the_policies() -> None:
+    """A policy that is registered but no choice cannot be asked for; a choice without a policy fails in the worker."""
+    assert set(cfg.SELECTIONS) == set(POLICIES)
+
+
+def test_config_error_is_a_value_error() -> None:
+    """SGLang reports ValueErrors of argument resolution to the user; another base would end in a traceback."""
+    assert issubclass(ConfigError, ValueError)
+    assert issubclass(ConfigError, SparseSpecError)
