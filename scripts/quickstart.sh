@@ -154,6 +154,7 @@ done
 say "the server is up after $((SECONDS - began)) s"
 
 "$PYTHON" -m sglang_sparsespec.model_tools.demo_client --url "http://127.0.0.1:$port" --since "$downloaded" || {
+    [ $? -ne 130 ] || exit 130 # Ctrl-C
     show_log_tail
     die "the first request failed." "The server's last lines are above, the rest is in $log."
 }

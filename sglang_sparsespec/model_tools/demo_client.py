@@ -177,6 +177,8 @@ def main() -> int:
     except RuntimeError as error:
         print(f"demo_client: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
