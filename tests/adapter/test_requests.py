@@ -1,0 +1,116 @@
+"""Requests that are refused, one by one, with HTTP 400: the hook in SGLang's own validation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
+
+
+def _manager(algorithm: str | None, **changes: Any) -> Any:
+    """As much of a TokenizerManager as validation reads."""
+    server_args = SimpleNamespace(
+        speculative_algorithm=algorithm,
+        enable_custom_logit_processor=True,
+        enable_return_hidden_states=False,
+        return_hidden_states_mode=None,
+    )
+    fields = {
+        "server_args": server_args,
+        "context_len": 100,
+        "num_reserved_tokens": 0,
+        "allow_auto_truncate": False,
+        "validate_total_tokens": True,
+        "is_generation": True,
+        "model_config": SimpleNamespace(vocab_size=259),
+        "_validate_token_ids_logprob": lambda obj: None,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def _request(**changes: Any) -> Any:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    sampling_params = changes.pop("sampling_params", {})
+    return GenerateReqInput(input_ids=[1, 2, 3], sampling_params=sampling_params, **changes)
+
+
+REFUSED = [
+    ({"custom_logit_processor": "{}"}, "custom_logit_processor is 'set'; "),
+    ({"sampling_params": {"sampling_seed": 7}}, "sampling_seed is 7; "),
+    ({"sampling_params": {"sampling_seed": 0}}, "sampling_seed is 0; "),
+]
+
+
+@pytest.mark.parametrize(("changes", "start"), REFUSED, ids=str)
+def test_inexact_features_are_refused(changes: dict[str, Any], start: str) -> None:
+    """SGLang's verify skips these silently: the client would get another distribution than it asked for."""
+    from sglang_sparsespec.patches.requests import refuse_what_is_not_exact
+
+    with pytest.raises(RequestError) as caught:
+        refuse_what_is_not_exact(_manager("SPARSESPEC"), _request(**changes), [1, 2, 3])
+    message = str(caught.value)
+    assert message.startswith(start + "under --speculative-algorithm SPARSESPEC it must be absent. ")
+    assert message.endswith(".")
+    # SGLang answers a ValueError with 400 and goes on; any other exception is a 500
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(("changes", "start"), REFUSED, ids=str)
+def test_without_the_algorithm_nothing_is_refused(changes: dict[str, Any], start: str) -> None:
+    """One process may hold two engines; the one without SPARSESPEC keeps SGLang's behaviour."""
+    from sglang_sparsespec.patches.requests import refuse_what_is_not_exact
+
+    for algorithm in (None, "NGRAM"):
+        assert refuse_what_is_not_exact(_manager(algorithm), _request(**changes), [1]) is None
+
+
+@pytest.mark.parametrize(
+    "sampling_params",
+    [
+        None,
+        {},
+        {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1},
+        {"frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.1, "min_new_tokens": 3},
+        {"logit_bias": {"5": 1.0}, "stop": ["x"], "stop_token_ids": [3], "stop_regex": "a+", "n": 2},
+        {"json_schema": "{}"},
+        {"sampling_seed": None},
+    ],
+    ids=str,
+)
+def test_exact_features_pass(sampling_params: dict[str, Any] | None) -> None:
+    """A refusal that is too broad turns good requests away."""
+    from sglang_sparsespec.patches.requests import refuse_what_is_not_exact
+
+    request = _request(return_logprob=True, top_logprobs_num=3, sampling_params=sampling_params)
+    assert refuse_what_is_not_exact(_manager("SPARSESPEC"), request, [1]) is None
+
+
+def test_the_hook_runs_before_the_hosts_validation(server_args: Callable[..., Any]) -> None:
+    """In force means: called with SGLang's own arguments, and its validation still happens afterwards."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    server_args()  # applies the patches of the algorithm
+    validate = TokenizerManager._validate_one_request
+    validate(_manager("SPARSESPEC"), _request(), [1, 2, 3])
+    with pytest.raises(RequestError):
+        validate(_manager("SPARSESPEC"), _request(custom_logit_processor="{}"), [1, 2, 3])
+    with pytest.raises(ValueError, match="longer than the model's context length"):
+        validate(_manager("SPARSESPEC"), _request(), [1] * 200)
+
+
+def test_hidden_states_are_refused_by_the_host(server_args: Callable[..., Any]) -> None:
+    """The server option is refused, so SGLang refuses the request; docs/features.md promises that."""
+    from sglang.srt.managers.tokenizer_manager import TokenizerManager
+
+    server_args()
+    with pytest.raises(ValueError, match="not configured to return hidden states"):
+        TokenizerManager._validate_one_request(_manager("SPARSESPEC"), _request(return_hidden_states=True), [1])

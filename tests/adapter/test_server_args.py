@@ -1,0 +1,182 @@
+"""SPARSESPEC's options in SGLang's argument handling: command line, Engine keywords, pickles, defaults."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec import config as cfg
+from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
+
+# every option, a value that is not its default
+OTHER_VALUES: dict[str, Any] = {
+    "budget_ratio": 0.1,
+    "min_budget": 64,
+    "recent_window": 7,
+    "sink": 3,
+    "selection": "window",
+    "score_pooling": 2,
+    "granularity": "4",
+    "sharing": "head",
+    "draft_sampling": "greedy",
+    "schedule": "lockstep",
+}
+
+
+@pytest.fixture(scope="module")
+def parser(_registered: None) -> argparse.ArgumentParser:
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+
+    parser = argparse.ArgumentParser()
+    SparseSpecServerArgs.add_cli_args(parser)
+    return parser
+
+
+def test_every_config_field_is_an_option(parser: argparse.ArgumentParser) -> None:
+    """A field without an option cannot be set; an option without a field is accepted and ignored."""
+    options = {
+        action.dest.removeprefix("sparsespec_"): action for action in parser._actions if "sparsespec" in action.dest
+    }
+    fields = {field.name for field in dataclasses.fields(SparseSpecConfig)} - {"num_steps"}
+    assert set(options) == fields == set(OTHER_VALUES)
+    defaults = SparseSpecConfig()
+    for name, action in options.items():
+        assert action.default == getattr(defaults, name), name
+        assert action.option_strings == [f"--sparsespec-{name.replace('_', '-')}"]
+        assert action.help is not None
+        assert str(action.default) in action.help, f"{name}: the default stands in the help"
+
+
+def test_help_lists_the_options_and_their_choices(parser: argparse.ArgumentParser) -> None:
+    """What --help does not show, nobody finds."""
+    text = parser.format_help()
+    for name in OTHER_VALUES:
+        assert f"--sparsespec-{name.replace('_', '-')}" in text
+    for choices in (cfg.SELECTIONS, cfg.GRANULARITIES, cfg.SHARINGS, cfg.DRAFT_SAMPLINGS, cfg.SCHEDULES):
+        assert "{" + ",".join(choices) + "}" in text
+    assert "sparsespec-config" not in text
+
+
+def test_prepare_server_args_builds_ours(tiny_qwen3_path: Any) -> None:
+    """`launch_server` bound the name ServerArgs before the plugin was loaded."""
+    from sglang.srt.server_args import prepare_server_args
+
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+
+    command = ["--model-path", str(tiny_qwen3_path), "--device", "cpu", "--speculative-algorithm", "SPARSESPEC"]
+    args = prepare_server_args([*command, "--sparsespec-budget-ratio", "0.25", "--sparsespec-granularity", "4"])
+    assert isinstance(args, SparseSpecServerArgs)
+    assert args.sparsespec_config == SparseSpecConfig(budget_ratio=0.25, granularity="4")
+
+
+def test_engine_takes_the_options_as_keywords() -> None:
+    """Engine holds the class as an attribute from its own import."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs, install
+
+    install()
+    assert Engine.server_args_class is SparseSpecServerArgs
+
+
+def test_defaults_resolve_to_the_default_config(server_args: Callable[..., Any]) -> None:
+    """SGLang sizes its KV reserve from these fields; a stale value there would let a verify overrun its pages."""
+    args = server_args()
+    assert args.sparsespec_config == SparseSpecConfig()
+    assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (8, 9, 1)
+    assert args.max_running_requests == 128
+    assert args.attention_backend == "torch_native"
+
+
+def test_every_option_reaches_the_config(server_args: Callable[..., Any]) -> None:
+    """An option that is parsed and dropped would be the worst kind of silence."""
+    args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in OTHER_VALUES.items()})
+    assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **OTHER_VALUES)
+    assert args.speculative_num_draft_tokens == 4
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("disable_overlap", [False, True], ids=["overlap", "no overlap"])
+def test_what_is_served_is_accepted(server_args: Callable[..., Any], page_size: int, disable_overlap: bool) -> None:
+    """A refusal that is too eager would shut out what the documentation offers."""
+    args = server_args(page_size=page_size, disable_overlap_schedule=disable_overlap, max_running_requests=17)
+    assert (args.page_size, args.max_running_requests) == (page_size, 17)
+    assert args.disable_overlap_schedule is disable_overlap
+
+
+def test_given_num_draft_tokens_must_fit(server_args: Callable[..., Any]) -> None:
+    """The verify is k + 1 wide; another width is a contradiction, not a preference."""
+    assert server_args(speculative_num_draft_tokens=9).speculative_num_draft_tokens == 9
+    with pytest.raises(ConfigError, match=r"^--speculative-num-draft-tokens is 5; it must be 9 "):
+        server_args(speculative_num_draft_tokens=5)
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 65])
+def test_num_steps_out_of_range_is_refused(server_args: Callable[..., Any], num_steps: int) -> None:
+    """0 is falsy: `or` would read it as the default."""
+    with pytest.raises(ConfigError, match=rf"^--speculative-num-steps is {num_steps}; it must be "):
+        server_args(speculative_num_steps=num_steps)
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda args: pickle.loads(pickle.dumps(args))], ids=["copy", "pickle"]
+)
+def test_server_args_travel_with_their_config(server_args: Callable[..., Any], copier: Callable[[Any], Any]) -> None:
+    """Schedulers get a pickle; one that resolved afresh, or lost the config, would draft otherwise than it was told."""
+    args = server_args(sparsespec_sink=3, speculative_num_steps=5)
+    travelled = copier(args)
+    assert type(travelled) is type(args)
+    assert travelled.sparsespec_config == args.sparsespec_config == SparseSpecConfig(sink=3, num_steps=5)
+    assert travelled.speculative_num_draft_tokens == 6
+
+
+def test_server_info_shows_the_config(server_args: Callable[..., Any]) -> None:
+    """/server_info serialises the dataclass; the validated values must be among its fields."""
+    shown = dataclasses.asdict(server_args(sparsespec_sink=3))
+    assert shown["sparsespec_config"]["sink"] == 3
+    assert shown["sparsespec_sink"] == 3
+
+
+@pytest.mark.parametrize("name", sorted(set(OTHER_VALUES) - {"schedule"}))
+def test_stray_options_are_refused(server_args: Callable[..., Any], name: str) -> None:
+    """Without the algorithm the option would have no effect, and nobody would know."""
+    kwargs: dict[str, Any] = {"speculative_algorithm": None, f"sparsespec_{name}": OTHER_VALUES[name]}
+    with pytest.raises(ConfigError) as caught:
+        server_args(**kwargs)
+    option = f"--sparsespec-{name.replace('_', '-')}"
+    assert str(caught.value).startswith(f"{option} is {OTHER_VALUES[name]!r}; it must be left out without ")
+    assert str(caught.value).endswith("Add --speculative-algorithm SPARSESPEC, or drop the option.")
+
+
+def test_without_the_algorithm_there_is_no_config(server_args: Callable[..., Any]) -> None:
+    """The plugin must not change how an ordinary server resolves."""
+    args = server_args(speculative_algorithm=None)
+    assert args.sparsespec_config is None
+    assert args.speculative_num_steps is None
+    assert args.max_running_requests is None
+
+
+def test_stock_server_args_are_refused_under_the_algorithm(server_args: Callable[..., Any]) -> None:
+    """A program that bound ServerArgs before plugins were loaded would serve without any of our options."""
+    from sglang.srt.server_args import ServerArgs
+
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs, resolve
+
+    stock = SparseSpecServerArgs.__mro__[1]
+    assert ServerArgs is not stock
+    args = server_args(speculative_algorithm=None)
+    plain = object.__new__(stock)
+    plain.__dict__.update(args.__dict__)
+    with pytest.raises(ConfigError, match=r"^ServerArgs is 'ServerArgs'; it must be the class that "):
+        resolve(plain)

@@ -1,0 +1,390 @@
+"""What SPARSESPEC refuses at start: every row of the table, every kind of model, each with a message that helps."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
+
+# a value that is refused; fields that are not here take True
+REFUSED_VALUES: dict[str, Any] = {
+    "pp_size": 2,
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "tokenizer_worker_num": 2,
+    "disaggregation_mode": "prefill",
+    "speculative_draft_model_path": "a folder, or SGLang would look the model up on the network",
+    "speculative_token_map": "map.pt",
+    "speculative_eagle_topk": 2,
+    "speculative_accept_threshold_single": 0.9,
+    "speculative_accept_threshold_acc": 0.9,
+    "lora_paths": ["a=b"],
+    "rl_on_policy_target": "fsdp",
+    "dllm_algorithm": "LowConfidence",
+    "kv_cache_dtype": "fp8_e4m3",
+}
+# refused by SGLang itself, or turned off by it, before our table is asked (on a CPU, with one rank)
+HOST_SPEAKS_FIRST = {
+    "attn_cp_size",
+    "enable_deterministic_inference",
+    "enable_dp_attention",
+    "enable_mis",
+    "rl_on_policy_target",
+    "speculative_adaptive",
+}
+
+
+def assert_four_parts(error: BaseException, thing: str, value: object) -> None:
+    """The thing, what it was, what is allowed, what to do."""
+    message = str(error)
+    head = f"{thing} is {value!r}; it must be "
+    assert message.startswith(head), message
+    allowed, _, advice = message.removeprefix(head).partition(". ")
+    assert allowed, message
+    assert advice.endswith("."), message
+
+
+def _refusals() -> list[Any]:
+    from sglang_sparsespec.adapter.support import REFUSALS
+
+    return list(REFUSALS)
+
+
+def _fields() -> list[str]:
+    # the names of the table, without importing sglang while tests are collected
+    source = Path(__file__).parents[2] / "sglang_sparsespec" / "adapter" / "support.py"
+    [table] = [
+        node.value
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REFUSALS"
+    ]
+    assert isinstance(table, ast.Tuple)
+    return [call.args[0].value for call in table.elts]  # type: ignore[attr-defined]
+
+
+def test_every_refusal_is_walked() -> None:
+    """The parametrised tests below read the table from its source; they must not miss a row."""
+    assert _fields() == [refusal.field for refusal in _refusals()]
+    assert set(REFUSED_VALUES) | HOST_SPEAKS_FIRST <= set(_fields())
+
+
+# of dp attention SGLang keeps a resolved value of its own; it has a test below
+@pytest.mark.parametrize("field", [field for field in _fields() if field != "enable_dp_attention"])
+def test_refusal_is_triggered(server_args: Callable[..., Any], field: str) -> None:
+    """A field that SGLang renamed, or a value that slips through, would be accepted and ignored."""
+    from sglang_sparsespec.adapter.support import check_supported
+
+    args = server_args()
+    check_supported(args, args.sparsespec_config)
+    value = REFUSED_VALUES.get(field, True)
+    assert hasattr(args, field)
+    # ServerArgs is read-only once it is resolved
+    object.__setattr__(args, field, value)
+    with pytest.raises(ConfigError) as caught:
+        check_supported(args, args.sparsespec_config)
+    assert_four_parts(caught.value, "--" + field.replace("_", "-"), value)
+
+
+@pytest.mark.parametrize("field", [field for field in _fields() if field not in HOST_SPEAKS_FIRST])
+def test_refusal_is_reached_from_the_command_line(
+    server_args: Callable[..., Any], tiny_qwen3_path: Path, field: str
+) -> None:
+    """SGLang changes options while it resolves them: a refusal that is asked too late never speaks."""
+    value = REFUSED_VALUES.get(field, True)
+    if field == "speculative_draft_model_path":
+        value = str(tiny_qwen3_path)
+    with pytest.raises(ConfigError) as caught:
+        server_args(**{field: value})
+    assert_four_parts(caught.value, "--" + field.replace("_", "-"), value)
+
+
+@pytest.mark.parametrize(
+    "field", ["attn_cp_size", "enable_deterministic_inference", "enable_mis", "rl_on_policy_target"]
+)
+def test_what_the_host_refuses_first_does_not_start_either(server_args: Callable[..., Any], field: str) -> None:
+    """If a later SGLang drops its own check, ours must be there; one of the two has to speak."""
+    with pytest.raises((ValueError, AssertionError)):
+        server_args(**{field: REFUSED_VALUES.get(field, True)})
+
+
+def test_dp_attention_is_refused_where_it_is_in_force(server_args: Callable[..., Any]) -> None:
+    """SGLang turns the option off with one data-parallel rank; with two it stays."""
+    with pytest.raises(ConfigError) as caught:
+        server_args(enable_dp_attention=True, dp_size=2, tp_size=2)
+    assert_four_parts(caught.value, "--enable-dp-attention", True)
+
+
+@pytest.mark.xfail(strict=True, reason="SGLang resets the option with a warning before handle_server_args is called")
+def test_adaptive_speculation_is_refused(server_args: Callable[..., Any]) -> None:
+    """Accepted and ignored: SGLang knows adaptive steps for EAGLE only and falls back silently."""
+    with pytest.raises(ConfigError):
+        server_args(speculative_adaptive=True)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "thing"),
+    [
+        ({"page_size": 4}, "--page-size"),
+        ({"page_size": 64}, "--page-size"),
+        ({"attention_backend": "triton"}, "--attention-backend (--prefill-attention-backend)"),
+        ({"decode_attention_backend": "triton"}, "--attention-backend (--decode-attention-backend)"),
+    ],
+    ids=str,
+)
+def test_unknown_layouts_and_backends_are_refused(
+    server_args: Callable[..., Any], kwargs: dict[str, Any], thing: str
+) -> None:
+    """A backend whose verify nobody tested may return plausible nonsense."""
+    with pytest.raises(ConfigError) as caught:
+        server_args(**kwargs)
+    assert_four_parts(caught.value, thing, next(iter(kwargs.values())))
+
+
+@pytest.mark.parametrize(
+    ("device", "backends", "thing"),
+    [
+        ("xpu", ("triton", "triton"), "--device"),
+        ("cuda", ("torch_native", "torch_native"), "--attention-backend (--prefill-attention-backend)"),
+        ("cuda", ("flashinfer", "fa4"), "--attention-backend (--decode-attention-backend)"),
+        ("cuda", ("flashinfer", "triton"), "--decode-attention-backend"),
+        ("cpu", ("intel_amx", "intel_amx"), "--attention-backend (--prefill-attention-backend)"),
+    ],
+    ids=str,
+)
+def test_backends_of_other_devices_are_refused(device: str, backends: tuple[str, str], thing: str) -> None:
+    """The rules for devices that this machine lacks: a stub stands for ServerArgs."""
+    from sglang_sparsespec.adapter.support import _check_backends
+
+    stub: Any = SimpleNamespace(device=device, page_size=1)
+    with pytest.raises(ConfigError) as caught:
+        _check_backends(stub, backends)
+    assert str(caught.value).startswith(f"{thing} is ")
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
+def test_backends_of_a_gpu_are_accepted(backend: str) -> None:
+    """The three that the documentation names."""
+    from sglang_sparsespec.adapter.support import _check_backends
+
+    for page_size in (None, 1, 16):
+        stub: Any = SimpleNamespace(device="cuda", page_size=page_size)
+        _check_backends(stub, (backend, backend))
+
+
+@pytest.mark.parametrize("name", ["min_budget", "recent_window", "sink"])
+def test_sizes_past_the_context_are_refused(server_args: Callable[..., Any], name: str) -> None:
+    """The range of the option ends at the context length, which only the model knows."""
+    server_args(**{f"sparsespec_{name}": 4096})
+    with pytest.raises(ConfigError) as caught:
+        server_args(**{f"sparsespec_{name}": 4097})
+    assert_four_parts(caught.value, f"--sparsespec-{name.replace('_', '-')}", 4097)
+
+
+# Models: SGLang reads config.json alone while it resolves its arguments
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 259,
+    "max_position_embeddings": 512,
+    "dtype": "float32",
+}
+
+
+def _model(model_type: str, architecture: str, **extra: Any) -> dict[str, Any]:
+    return {**SMALL, "model_type": model_type, "architectures": [architecture], **extra}
+
+
+_MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+_TEXT = {**SMALL, "model_type": "llama"}
+_VISION = {"model_type": "clip_vision_model"}
+_WINDOW_MODELS_PASS = pytest.mark.xfail(
+    strict=True,
+    reason="windows by layer_types pass: is_hybrid_swa is False where SGLang has no hybrid pool for the model",
+)
+
+REFUSED_MODELS = [
+    pytest.param(
+        _model("deepseek_v3", "DeepseekV3ForCausalLM", num_key_value_heads=4, n_routed_experts=8, **_MLA),
+        "an MLA model",
+        id="DeepSeek-V3",
+    ),
+    pytest.param(
+        _model("qwen2", "Qwen2ForCausalLM", use_sliding_window=True, sliding_window=64, max_window_layers=1),
+        "a sliding-window model",
+        id="Qwen2 with windows",
+    ),
+    pytest.param(
+        _model("gemma2", "Gemma2ForCausalLM", sliding_window=64),
+        "a sliding-window model",
+        id="Gemma 2",
+        marks=_WINDOW_MODELS_PASS,
+    ),
+    pytest.param(
+        _model("gemma3_text", "Gemma3ForCausalLM", sliding_window=64),
+        "a sliding-window model",
+        id="Gemma 3",
+        marks=_WINDOW_MODELS_PASS,
+    ),
+    pytest.param(
+        _model("olmo3", "Olmo3ForCausalLM", sliding_window=64),
+        "a sliding-window model",
+        id="OLMo 3",
+        marks=_WINDOW_MODELS_PASS,
+    ),
+    pytest.param(
+        _model("cohere2", "Cohere2ForCausalLM", sliding_window=64),
+        "a sliding-window model",
+        id="Command R7B",
+        marks=_WINDOW_MODELS_PASS,
+    ),
+    pytest.param(_model("jamba", "JambaForCausalLM"), "a hybrid linear-attention model", id="Jamba"),
+    pytest.param(_model("minimax", "MiniMaxForCausalLM"), "a hybrid linear-attention model", id="MiniMax"),
+    pytest.param(
+        _model("lfm2", "Lfm2ForCausalLM", layer_types=["conv", "full_attention"]),
+        "a hybrid linear-attention model",
+        id="LFM2",
+        marks=pytest.mark.xfail(strict=True, reason="short convolutions carry none of the markers"),
+    ),
+    pytest.param(
+        {
+            "model_type": "llava",
+            "architectures": ["LlavaForConditionalGeneration"],
+            "text_config": _TEXT,
+            "vision_config": _VISION,
+        },
+        "a multimodal model",
+        id="LLaVA",
+    ),
+    pytest.param(
+        {
+            "model_type": "whisper",
+            "architectures": ["WhisperForConditionalGeneration"],
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "is_encoder_decoder": True,
+        },
+        "an encoder-decoder model",
+        id="Whisper",
+    ),
+    pytest.param(_model("bert", "BertModel"), "an embedding or reward model", id="BERT"),
+    pytest.param(
+        _model("llama", "LlamaForSequenceClassification"), "an embedding or reward model", id="Llama reward model"
+    ),
+]
+
+
+def _write(folder: Path, config: dict[str, Any]) -> str:
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("config", "kind"), REFUSED_MODELS)
+def test_models_that_cannot_be_served_are_refused(
+    server_args: Callable[..., Any], tmp_path: Path, config: dict[str, Any], kind: str
+) -> None:
+    """Such a model would run, and its output would not be its own: windows ignored, states not rolled back."""
+    path = _write(tmp_path, config)
+    with pytest.raises(ConfigError) as caught:
+        server_args(model_path=path)
+    assert_four_parts(caught.value, "--model-path", path)
+    assert f"This is {kind}: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "backends"),
+    [
+        pytest.param(_model("gpt_oss", "GptOssForCausalLM", sliding_window=64), "attention backend", id="gpt-oss"),
+        pytest.param(_model("qwen3_next", "Qwen3NextForCausalLM", full_attention_interval=2), "CUDA", id="Qwen3-Next"),
+        pytest.param(_model("falcon_h1", "FalconH1ForCausalLM"), "CUDA", id="Falcon-H1"),
+        pytest.param(
+            _model("nemotron_h", "NemotronHForCausalLM", hybrid_override_pattern="M*"), "CUDA", id="Nemotron-H"
+        ),
+    ],
+)
+def test_models_that_the_host_refuses_on_a_cpu(
+    server_args: Callable[..., Any], tmp_path: Path, config: dict[str, Any], backends: str
+) -> None:
+    """Here SGLang speaks before us; on a GPU the stubs below stand for these kinds."""
+    with pytest.raises(AssertionError, match=backends):
+        server_args(model_path=_write(tmp_path, config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(_model("llama", "LlamaForCausalLM"), id="Llama"),
+        pytest.param(_model("qwen2", "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=64), id="Qwen2"),
+        pytest.param(_model("qwen3", "Qwen3ForCausalLM"), id="Qwen3"),
+        pytest.param(
+            _model("qwen3_moe", "Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+            id="Qwen3-MoE",
+        ),
+        pytest.param(_model("mistral", "MistralForCausalLM", sliding_window=None), id="Mistral"),
+    ],
+)
+def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: Path, config: dict[str, Any]) -> None:
+    """A marker that is too broad would refuse what most people serve."""
+    args = server_args(model_path=_write(tmp_path, config))
+    assert args.sparsespec_config is not None
+
+
+def _stub_model(**changes: Any) -> Any:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = SimpleNamespace(**changes.pop("text", {}))
+    fields = {
+        "is_generation": True,
+        "is_encoder_decoder": False,
+        "is_multimodal": False,
+        "attention_arch": AttentionArch.MHA,
+        "is_hybrid_swa": False,
+        "hf_text_config": text,
+        "model_path": "stub",
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"is_generation": False}, "an embedding or reward model"),
+        ({"is_encoder_decoder": True}, "an encoder-decoder model"),
+        ({"is_multimodal": True}, "a multimodal model"),
+        ({"is_hybrid_swa": True}, "a sliding-window model"),
+        ({"text": {"use_sliding_window": True}}, "a sliding-window model"),
+        ({"text": {"mamba_d_ssm": 64}}, "a hybrid linear-attention model"),
+        ({"text": {"linear_attn_config": {}}}, "a hybrid linear-attention model"),
+        ({"text": {"full_attention_interval": 4}}, "a hybrid linear-attention model"),
+        ({"text": {"layers_block_type": ["mamba"]}}, "a hybrid linear-attention model"),
+        ({"text": {"hybrid_override_pattern": "M*"}}, "a hybrid linear-attention model"),
+        ({"text": {"rope_scaling": {"mrope_section": [1, 1, 2]}}}, "a model with multimodal rotary embedding"),
+    ],
+    ids=str,
+)
+def test_each_kind_of_model_has_its_reason(changes: dict[str, Any], kind: str) -> None:
+    """Each rule alone: in real configurations several hold at once and hide one that does not work."""
+    from sglang_sparsespec.adapter.support import _check_model, _model_problems
+
+    _check_model(_stub_model())
+    model = _stub_model(**changes)
+    assert [found for found, _ in _model_problems(model)] == [kind]
+    with pytest.raises(ConfigError) as caught:
+        _check_model(model)
+    assert_four_parts(caught.value, "--model-path", "stub")
