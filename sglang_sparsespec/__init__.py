@@ -12,3 +12,9 @@ Where things live; imports go one way, from the bottom of this list to its top:
 """
 
 __version__ = "0.1.0"
+
+from pathlib import Path as _Path
+
+# in a checkout `patches/` and `kernels/` lie beside this folder; an installed package has them inside
+if not (_Path(__file__).parent / "patches").is_dir():
+    __path__.append(str(_Path(__file__).parents[1]))

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecVerifyInput
@@ -18,6 +17,7 @@ from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -62,8 +62,11 @@ class ScoringBackend(Protocol):
         ...
 
 
-class SparseSpecAttnBackend(AttentionBackend):
+class SparseSpecAttnBackend:
     """The user's backend with score capture around it and sparse draft steps beside it.
+
+    Everything that is not defined here is the wrapped backend's (so this is no AttentionBackend by inheritance, whose
+    defaults would hide the wrapped one's answers).
 
     Args:
         dense: the backend that serves prefill and verify.
@@ -83,7 +86,6 @@ class SparseSpecAttnBackend(AttentionBackend):
         num_queries: int,
         timer: RefreshTimer,
     ) -> None:
-        super().__init__()
         self.dense = dense
         self.policy = policy
         self.store = store
@@ -91,13 +93,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.timer = timer
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.needs_cpu_seq_lens = dense.needs_cpu_seq_lens
         self.draft_kv: DraftKV | None = None
         self._capture: CapturePlan | None = None
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
     def __getattr__(self, name: str) -> Any:
-        # the host asks backends for attributes of their own (workspaces, capability flags)
         if name == "dense":
             raise AttributeError(name)
         return getattr(self.dense, name)
@@ -154,6 +154,20 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     # Forwards
 
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One attention layer; RadixAttention calls this."""
+        run = self.forward_decode if forward_batch.forward_mode.is_decode() else self.forward_extend
+        return run(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+
     def forward_extend(
         self,
         q: torch.Tensor,
@@ -200,7 +214,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         out = sparse_decode(
-            q.view(-1, layer.tp_q_head_num, layer.qk_head_dim),
+            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
             self.draft_kv.slots[layer.layer_id],
@@ -218,7 +232,7 @@ class SparseSpecAttnBackend(AttentionBackend):
     # Capture and refresh
 
     def _captured_queries(self, q: torch.Tensor, layer: RadixAttention, plan: CapturePlan) -> torch.Tensor:
-        queries = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if plan.token_index is not None:
             return queries[plan.token_index]
         return queries.view(-1, plan.num_queries, layer.tp_q_head_num, layer.qk_head_dim)

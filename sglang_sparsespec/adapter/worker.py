@@ -172,7 +172,8 @@ class SparseSpecWorker(BaseSpecWorker):
     ) -> torch.Tensor:
         """Feed one token per request at position n + step; returns logits [num_reqs, vocab_size]."""
         forward_batch.input_ids = current
-        forward_batch.positions = plan.positions[:, step]
+        # kernels read both as dense arrays
+        forward_batch.positions = plan.positions[:, step].contiguous()
         forward_batch.out_cache_loc = plan.slots[:, step].contiguous()
         forward_batch.seq_lens = plan.committed_lens + step + 1
         with forward_context(ForwardContext(attn_backend=self._backend)):
