@@ -114,6 +114,7 @@ def main() -> None:
     parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeat")
     parser.add_argument("--spec-arg", action="append", default=[], help="for SPARSESPEC alone; repeat")
     parser.add_argument("--name", default="parity")
+    parser.add_argument("--together", action="store_true", help="run both servers at a time (a big GPU)")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -130,12 +131,15 @@ def main() -> None:
         common += ["--dtype", args.dtype]
     if args.attention_backend:
         common += ["--attention-backend", args.attention_backend]
-    pool = sum(map(len, prompts)) + args.concurrency * (args.longest + args.new_tokens + 64)
-    common += ["--max-total-tokens", str(pool), "--max-running-requests", str(args.concurrency)]
+    num_tokens = sum(map(len, prompts)) + args.concurrency * (args.longest + args.new_tokens + 64)
+    common += ["--max-total-tokens", str(num_tokens), "--max-running-requests", str(args.concurrency)]
 
-    reference, reference_seconds = record_all(args.model, common, prompts, args)
     spec_args = [*common, "--speculative-algorithm", "SPARSESPEC", *args.spec_arg]
-    outputs, seconds = record_all(args.model, spec_args, prompts, args)
+    with ThreadPoolExecutor(2 if args.together else 1) as pool:
+        runs = list(
+            pool.map(lambda server_args: record_all(args.model, server_args, prompts, args), (common, spec_args))
+        )
+    (reference, reference_seconds), (outputs, seconds) = runs
 
     document: dict[str, Any] = {"name": args.name, **provenance(), "server_args": spec_args, "passes": {}}
     ok = True
