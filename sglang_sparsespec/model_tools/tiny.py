@@ -1,7 +1,9 @@
 """Random checkpoints small enough to serve on a laptop in a second, for tests of the whole path.
 
 The text means nothing, but it behaves like text: logits are not flat, greedy output wanders instead of repeating one
-token, and attention is peaked, so that a draft which sees the wrong KV tokens proposes other tokens than the target.
+token, and attention is peaked and changes slowly from one query to the next. A draft that sees the KV tokens which the
+last queries attended to is then right now and then, and one that sees the wrong tokens is not: with 64 of 600 tokens
+about 0.7 drafts of 8 are correct, with 128 about one (measured, default sizes, 600 random characters).
 Invariant: a checkpoint is a function of its arguments; the same seed gives the same bytes.
 """
 
@@ -37,14 +39,16 @@ def write_tiny_model(
     dtype: str = "float32",
     context: int = 4096,
     attention_gain: float = 4.0,
+    shared: float = 1.2,
 ) -> Path:
     """Write a random `arch` checkpoint with a byte-level tokenizer to `path`.
 
     Args:
         vocab: at least 259: 256 bytes and 3 special tokens; ids past those decode to filler words.
         dtype: a torch dtype's name, for the weights and for config.json.
-        attention_gain: standard deviation of the attention logits. At 0 attention is even and a sparse draft hopeless;
-            at 4 the 32 best of 500 KV tokens give the same next token 8 times of 10 (measured, default sizes).
+        attention_gain: standard deviation of the attention logits; 0 attends evenly, 4 to few tokens.
+        shared: strength of the part that all token embeddings share. Queries inherit it, and so agree on which keys
+            matter; 0 gives every token its own taste, and no selection made for one query serves the next.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -97,8 +101,15 @@ def write_tiny_model(
                 std *= math.sqrt(attention_gain)
             elif name.endswith("o_proj.weight"):
                 # a weighted mean over many tokens is small; bring attention's share up to that of the residual
-                std *= 2.0
+                std *= 1.2
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+        common = torch.randn(hidden, generator=generator)
+        common *= math.sqrt(hidden) / common.norm()
+        model.get_input_embeddings().weight.add_(shared * common)
+        for name, weight in model.named_parameters():
+            # queries and keys see the common part; the rest must not, or it would say the same at every position
+            if name.endswith(("v_proj.weight", "gate_proj.weight", "up_proj.weight", "lm_head.weight")):
+                weight.sub_(torch.outer(weight @ common, common) / hidden)
         head = model.get_output_embeddings().weight
         # random text should neither stop by itself nor emit ids without a text
         head[NUM_BYTES:] = 0.0
