@@ -95,6 +95,20 @@ def alloc_decode(
     alloc_extend(seq_lens - 1, seq_lens, last_loc, free_pages, out_indices, bs_upper, page_size)
 
 
+def allocate_token_bitmask(vocab_size: int, batch_size: int) -> torch.Tensor:
+    """A grammar bitmask that allows everything, [batch_size, ceil(vocab_size / 32)] int32, in pageable memory."""
+    from xgrammar import allocate_token_bitmask as allocate
+
+    return allocate(batch_size, vocab_size)
+
+
+def apply_vocab_mask(grammar: Any, logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """Forbid what the bitmask does not allow, in place."""
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask)
+
+
 def skip_kv_copy_kernel(pool: Any) -> None:
     """A KV pool without the tiled copy kernel; `move_kv_cache` has a native path."""
     pool._kv_copy_config = None
@@ -149,6 +163,26 @@ PATCHES = (
         scope="cpu",
         kind="value",
         replacement=_TorchKernel(alloc_decode),
+    ),
+    Patch(
+        target="sglang.srt.constrained.xgrammar_backend._allocate_token_bitmask",
+        why="Grammar bitmasks are allocated in pinned memory, which needs a GPU driver.",
+        how="Lets xgrammar allocate them in ordinary memory.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="_allocate_token_bitmask asks is_pin_memory_available first.",
+        scope="cpu",
+        kind="replace",
+        replacement=allocate_token_bitmask,
+    ),
+    Patch(
+        target="sglang.srt.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
+        why="Grammar masks are applied with a Triton kernel, and refused on a CPU.",
+        how="Calls xgrammar's own CPU function.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="XGrammarGrammar.apply_vocab_mask has a branch for device cpu.",
+        scope="cpu",
+        kind="replace",
+        replacement=apply_vocab_mask,
     ),
     Patch(
         target="sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
