@@ -29,10 +29,18 @@ def refuse_what_is_not_exact(manager: TokenizerManager, obj: GenerateReqInput, i
             "A processor sees one position at a time and cannot run inside a verify; "
             "serve this request without --speculative-algorithm.",
         )
-    if (obj.sampling_params or {}).get("sampling_seed") is not None:
+    sampling = obj.sampling_params or {}
+    if manager.server_args.skip_tokenizer_init and sampling.get("min_new_tokens"):
+        raise RequestError(
+            "min_new_tokens",
+            sampling["min_new_tokens"],
+            "0 on a server with --skip-tokenizer-init",
+            "The tokenizer knows which tokens stop; leave it out, or serve with a tokenizer.",
+        )
+    if sampling.get("sampling_seed") is not None:
         raise RequestError(
             "sampling_seed",
-            obj.sampling_params["sampling_seed"],
+            sampling["sampling_seed"],
             "absent",
             "SGLang honours seeds with --enable-deterministic-inference only, which SPARSESPEC does not serve.",
         )

@@ -133,6 +133,8 @@ def _params(reqs: list[Req], vocab_size: int, device: str) -> PenaltyParams:
 
 def _stop_token_ids(req: Req) -> list[int]:
     """What min_new_tokens forbids: the rule of the host's BatchedMinNewTokensPenalizer."""
+    if req.sampling_params.min_new_tokens == 0:
+        return []
     ids = set(req.sampling_params.stop_token_ids or ()) | set(req.tokenizer.additional_stop_token_ids or ())
     if req.tokenizer.eos_token_id is not None:
         ids.add(req.tokenizer.eos_token_id)

@@ -16,7 +16,7 @@ from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
-from sglang_sparsespec.adapter.support import check_supported
+from sglang_sparsespec.adapter.support import check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 
@@ -88,6 +88,8 @@ class SparseSpecServerArgs(ServerArgs):
     ] = None
 
     def __post_init__(self) -> None:
+        if (self.speculative_algorithm or "").upper() == ALGORITHM:
+            check_requested(self)
         super().__post_init__()
         if self.sparsespec_config is None:
             self._refuse_stray_options()

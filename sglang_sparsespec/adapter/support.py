@@ -5,6 +5,7 @@ docs/features.md shows the same verdicts for people; `tests/adapter/test_support
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_sparsespec.errors import ConfigError
@@ -48,7 +49,9 @@ REFUSALS = (
     _one("dcp_size", "Selections are kept per rank over whole contexts."),
     _one("attn_cp_size", "Selections are kept per rank over whole contexts."),
     _one("tokenizer_worker_num", "SGLang does not load plugins in its tokenizer workers."),
+    _one("nnodes", "Several nodes are not tested."),
     _off("enable_dp_attention", "SGLang sizes idle ranks by the names of its own algorithms."),
+    _one("dp_size", "SGLang does not load plugins in its data-parallel controller; start one server per replica."),
     Refusal(
         "disaggregation_mode",
         lambda value: value in (None, "null"),
@@ -99,6 +102,8 @@ REFUSALS = (
     _off("dllm_algorithm", "Diffusion models do not decode token by token."),
     _off("enable_mis", "Multi-item scoring masks attention in ways that selections do not know."),
     _off("enable_torch_compile", "Draft steps call the model outside the compiled runner."),
+    _off("quantization", "Quantised weights are not tested yet."),
+    _off("enable_memory_saver", "Selections outside the saver's memory are not tested with release and resume yet."),
     Refusal(
         "kv_cache_dtype",
         lambda value: value in ("auto", "bf16", "bfloat16", "float16", "fp16", "float32"),
@@ -108,8 +113,43 @@ REFUSALS = (
 )
 
 
+# SGLang's speculative options that mean something here; the others belong to its own algorithms
+SERVED_SPECULATIVE_OPTIONS = (
+    "speculative_algorithm",
+    "speculative_num_steps",
+    "speculative_num_draft_tokens",
+    "speculative_eagle_topk",
+)
+
+
+def check_requested(server_args: ServerArgs) -> None:
+    """Raise for the first option as the user gave it, before SGLang resolves, replaces or drops it.
+
+    Raises:
+        ConfigError: naming the option, its value, what is allowed and what to do.
+    """
+    _check_options(server_args)
+    for field in dataclasses.fields(server_args):
+        value = getattr(server_args, field.name)
+        is_foreign = field.name.startswith(("speculative_", "decoupled_spec_"))
+        if is_foreign and field.name not in SERVED_SPECULATIVE_OPTIONS and value != field.default:
+            raise ConfigError(
+                "--" + field.name.replace("_", "-"), value, "left out", "It belongs to another algorithm. Leave it out."
+            )
+    if server_args.device == "cpu":
+        for field_name in ("attention_backend", "prefill_attention_backend", "decode_attention_backend"):
+            backend = getattr(server_args, field_name)
+            if backend not in (None, *CPU_ATTENTION_BACKENDS):
+                raise ConfigError(
+                    "--" + field_name.replace("_", "-"),
+                    backend,
+                    f"one of {', '.join(CPU_ATTENTION_BACKENDS)}, or left out, on a CPU",
+                    "Leave it out.",
+                )
+
+
 def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
-    """Raise for the first option, backend or model that cannot be served.
+    """Raise for the first resolved option, backend or model that cannot be served.
 
     Raises:
         ConfigError: naming the option, its value, what is allowed and what to do.
@@ -118,14 +158,18 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
 
     # declared values are not on the fields yet while ServerArgs resolves itself
     resolved = resolved_view(server_args)
-    for refusal in REFUSALS:
-        value = getattr(resolved, refusal.field)
-        if not refusal.is_served(value):
-            raise ConfigError(refusal.option, value, refusal.allowed, refusal.advice)
+    _check_options(resolved)
     _check_num_draft_tokens(server_args, config)
     _check_backends(resolved, server_args._resolved_attention_backends())
     _check_model(server_args.get_model_config())
     _check_budget(server_args.get_model_config(), config)
+
+
+def _check_options(server_args: ServerArgs) -> None:
+    for refusal in REFUSALS:
+        value = getattr(server_args, refusal.field)
+        if not refusal.is_served(value):
+            raise ConfigError(refusal.option, value, refusal.allowed, refusal.advice)
 
 
 def _check_num_draft_tokens(server_args: ServerArgs, config: SparseSpecConfig) -> None:
@@ -173,6 +217,14 @@ def _model_problems(model: ModelConfig) -> Iterator[tuple[str, str]]:
         yield f"an {model.attention_arch.name} model", "its KV is compressed; there are no per-head keys to select."
     if model.is_hybrid_swa or getattr(model.hf_text_config, "use_sliding_window", False):
         yield "a sliding-window model", "its windows hide tokens that a selection may hold."
+    layer_types = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
+    windowed = layer_types & {"sliding_attention", "chunked_attention"}
+    if windowed:
+        yield "a sliding-window model", f"its {', '.join(sorted(windowed))} hides tokens that a selection may hold."
+    if layer_types - windowed:
+        yield "a hybrid linear-attention model", "recurrent state cannot be rolled back to the accepted token."
+    if model.quantization is not None:
+        yield f"a model quantised by {model.quantization}", "quantised weights are not tested yet."
     hybrid_markers = ("mamba", "linear_attn", "full_attention_interval", "layers_block_type", "hybrid_override_pattern")
     if any(marker in key for key in vars(model.hf_text_config) for marker in hybrid_markers):
         yield "a hybrid linear-attention model", "recurrent state cannot be rolled back to the accepted token."

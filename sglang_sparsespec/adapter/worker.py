@@ -278,6 +278,11 @@ class SparseSpecWorker(BaseSpecWorker):
         return SimpleNamespace(draft_runner=SimpleNamespace(token_to_kv_pool=None), draft_runners=[])
 
     @property
+    def model_runner(self) -> Any:
+        """The draft's runner, as SGLang sees it: the target's."""
+        return self._model_runner
+
+    @property
     def graph_memory_usage(self) -> dict[str, float]:
         return {}
 

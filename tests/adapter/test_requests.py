@@ -19,6 +19,7 @@ def _manager(algorithm: str | None, **changes: Any) -> Any:
     """As much of a TokenizerManager as validation reads."""
     server_args = SimpleNamespace(
         speculative_algorithm=algorithm,
+        skip_tokenizer_init=False,
         enable_custom_logit_processor=True,
         enable_return_hidden_states=False,
         return_hidden_states_mode=None,

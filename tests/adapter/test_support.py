@@ -33,15 +33,9 @@ REFUSED_VALUES: dict[str, Any] = {
     "rl_on_policy_target": "fsdp",
     "dllm_algorithm": "LowConfidence",
     "kv_cache_dtype": "fp8_e4m3",
-}
-# refused by SGLang itself, or turned off by it, before our table is asked (on a CPU, with one rank)
-HOST_SPEAKS_FIRST = {
-    "attn_cp_size",
-    "enable_deterministic_inference",
-    "enable_dp_attention",
-    "enable_mis",
-    "rl_on_policy_target",
-    "speculative_adaptive",
+    "dp_size": 2,
+    "nnodes": 2,
+    "quantization": "fp8",
 }
 
 
@@ -76,10 +70,10 @@ def _fields() -> list[str]:
 def test_every_refusal_is_walked() -> None:
     """The parametrised tests below read the table from its source; they must not miss a row."""
     assert _fields() == [refusal.field for refusal in _refusals()]
-    assert set(REFUSED_VALUES) | HOST_SPEAKS_FIRST <= set(_fields())
+    assert set(REFUSED_VALUES) <= set(_fields())
 
 
-# of dp attention SGLang keeps a resolved value of its own; it has a test below
+# of dp attention SGLang keeps a resolved value of its own; it is tested from the command line, below
 @pytest.mark.parametrize("field", [field for field in _fields() if field != "enable_dp_attention"])
 def test_refusal_is_triggered(server_args: Callable[..., Any], field: str) -> None:
     """A field that SGLang renamed, or a value that slips through, would be accepted and ignored."""
@@ -96,7 +90,7 @@ def test_refusal_is_triggered(server_args: Callable[..., Any], field: str) -> No
     assert_four_parts(caught.value, "--" + field.replace("_", "-"), value)
 
 
-@pytest.mark.parametrize("field", [field for field in _fields() if field not in HOST_SPEAKS_FIRST])
+@pytest.mark.parametrize("field", _fields())
 def test_refusal_is_reached_from_the_command_line(
     server_args: Callable[..., Any], tiny_qwen3_path: Path, field: str
 ) -> None:
@@ -109,27 +103,26 @@ def test_refusal_is_reached_from_the_command_line(
     assert_four_parts(caught.value, "--" + field.replace("_", "-"), value)
 
 
-@pytest.mark.parametrize(
-    "field", ["attn_cp_size", "enable_deterministic_inference", "enable_mis", "rl_on_policy_target"]
-)
-def test_what_the_host_refuses_first_does_not_start_either(server_args: Callable[..., Any], field: str) -> None:
-    """If a later SGLang drops its own check, ours must be there; one of the two has to speak."""
-    with pytest.raises((ValueError, AssertionError)):
-        server_args(**{field: REFUSED_VALUES.get(field, True)})
-
-
-def test_dp_attention_is_refused_where_it_is_in_force(server_args: Callable[..., Any]) -> None:
-    """SGLang turns the option off with one data-parallel rank; with two it stays."""
-    with pytest.raises(ConfigError) as caught:
-        server_args(enable_dp_attention=True, dp_size=2, tp_size=2)
-    assert_four_parts(caught.value, "--enable-dp-attention", True)
-
-
-@pytest.mark.xfail(strict=True, reason="SGLang resets the option with a warning before handle_server_args is called")
 def test_adaptive_speculation_is_refused(server_args: Callable[..., Any]) -> None:
-    """Accepted and ignored: SGLang knows adaptive steps for EAGLE only and falls back silently."""
+    """SGLang resets the option for all but EAGLE, with a warning: it would be accepted and ignored."""
     with pytest.raises(ConfigError):
         server_args(speculative_adaptive=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("speculative_dflash_block_size", 4),
+        ("speculative_draft_attention_backend", "triton"),
+        ("speculative_attention_mode", "decode"),
+        ("decoupled_spec_role", "drafter"),
+    ],
+)
+def test_options_of_other_algorithms_are_refused(server_args: Callable[..., Any], field: str, value: object) -> None:
+    """SGLang reads them for its own algorithms alone: they would be accepted and ignored."""
+    with pytest.raises(ConfigError) as caught:
+        server_args(**{field: value})
+    assert_four_parts(caught.value, "--" + field.replace("_", "-"), value)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +130,8 @@ def test_adaptive_speculation_is_refused(server_args: Callable[..., Any]) -> Non
     [
         ({"page_size": 4}, "--page-size"),
         ({"page_size": 64}, "--page-size"),
-        ({"attention_backend": "triton"}, "--attention-backend (--prefill-attention-backend)"),
-        ({"decode_attention_backend": "triton"}, "--attention-backend (--decode-attention-backend)"),
+        ({"attention_backend": "triton"}, "--attention-backend"),
+        ({"decode_attention_backend": "triton"}, "--decode-attention-backend"),
     ],
     ids=str,
 )
@@ -213,10 +206,6 @@ def _model(model_type: str, architecture: str, **extra: Any) -> dict[str, Any]:
 _MLA = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 _TEXT = {**SMALL, "model_type": "llama"}
 _VISION = {"model_type": "clip_vision_model"}
-_WINDOW_MODELS_PASS = pytest.mark.xfail(
-    strict=True,
-    reason="windows by layer_types pass: is_hybrid_swa is False where SGLang has no hybrid pool for the model",
-)
 
 REFUSED_MODELS = [
     pytest.param(
@@ -233,25 +222,21 @@ REFUSED_MODELS = [
         _model("gemma2", "Gemma2ForCausalLM", sliding_window=64),
         "a sliding-window model",
         id="Gemma 2",
-        marks=_WINDOW_MODELS_PASS,
     ),
     pytest.param(
         _model("gemma3_text", "Gemma3ForCausalLM", sliding_window=64),
         "a sliding-window model",
         id="Gemma 3",
-        marks=_WINDOW_MODELS_PASS,
     ),
     pytest.param(
         _model("olmo3", "Olmo3ForCausalLM", sliding_window=64),
         "a sliding-window model",
         id="OLMo 3",
-        marks=_WINDOW_MODELS_PASS,
     ),
     pytest.param(
         _model("cohere2", "Cohere2ForCausalLM", sliding_window=64),
         "a sliding-window model",
         id="Command R7B",
-        marks=_WINDOW_MODELS_PASS,
     ),
     pytest.param(_model("jamba", "JambaForCausalLM"), "a hybrid linear-attention model", id="Jamba"),
     pytest.param(_model("minimax", "MiniMaxForCausalLM"), "a hybrid linear-attention model", id="MiniMax"),
@@ -259,7 +244,6 @@ REFUSED_MODELS = [
         _model("lfm2", "Lfm2ForCausalLM", layer_types=["conv", "full_attention"]),
         "a hybrid linear-attention model",
         id="LFM2",
-        marks=pytest.mark.xfail(strict=True, reason="short convolutions carry none of the markers"),
     ),
     pytest.param(
         {
@@ -355,6 +339,7 @@ def _stub_model(**changes: Any) -> Any:
         "is_multimodal": False,
         "attention_arch": AttentionArch.MHA,
         "is_hybrid_swa": False,
+        "quantization": None,
         "hf_text_config": text,
         "model_path": "stub",
     }
@@ -369,6 +354,9 @@ def _stub_model(**changes: Any) -> Any:
         ({"is_multimodal": True}, "a multimodal model"),
         ({"is_hybrid_swa": True}, "a sliding-window model"),
         ({"text": {"use_sliding_window": True}}, "a sliding-window model"),
+        ({"text": {"layer_types": ["full_attention", "sliding_attention"]}}, "a sliding-window model"),
+        ({"text": {"layer_types": ["full_attention", "conv"]}}, "a hybrid linear-attention model"),
+        ({"quantization": "awq"}, "a model quantised by awq"),
         ({"text": {"mamba_d_ssm": 64}}, "a hybrid linear-attention model"),
         ({"text": {"linear_attn_config": {}}}, "a hybrid linear-attention model"),
         ({"text": {"full_attention_interval": 4}}, "a hybrid linear-attention model"),
