@@ -47,11 +47,9 @@ def run(server: Server, prompts: list[list[int]], new_tokens: int, concurrency: 
 
 def passes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Name -> (prompts, concurrency). The second batched pass finds every prompt in the radix cache."""
-    return {
-        "batched, cold cache": (args.prompts, args.concurrency),
-        "batched, warm cache": (args.prompts, args.concurrency),
-        "alone": (args.alone, 1),
-    }
+    batched = (args.prompts, args.concurrency)
+    warm = {} if args.cold_only else {"batched, warm cache": batched}
+    return {"batched, cold cache": batched, **warm, "alone": (args.alone, 1)}
 
 
 def record_all(model: str, server_args: list[str], prompts: list[list[int]], args: argparse.Namespace) -> Any:
@@ -103,6 +101,7 @@ def main() -> None:
     parser.add_argument("--random-tokens", type=int, metavar="VOCAB", help="random prompts, for random weights")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--alone", type=int, default=8, help="prompts that also run alone")
+    parser.add_argument("--cold-only", action="store_true", help="leave out the pass over a warm radix cache")
     parser.add_argument("--longest", type=int, default=3000, help="longest prompt, tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, default=16)

@@ -9,7 +9,6 @@ import random
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-from sglang.srt.distributed import get_tp_group
 from sglang.srt.speculative import spec_utils
 
 from sglang_sparsespec.speculation.acceptance import Acceptance, accept_chain, accept_greedy, accept_simulated
@@ -37,7 +36,7 @@ class RoundSampler:
     Args:
         draft_sampling: `sampled` or `greedy` (config).
         sampling_backend: the host's, which decides how top-k and top-p combine with min-p.
-        seed: of the coins; the same on every tensor-parallel rank, so that ranks draw the same drafts.
+        seed: of the coins.
         device: of the logits.
     """
 
@@ -116,7 +115,7 @@ class RoundSampler:
             return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1))
         probs = self._probs(logits, info, repeat=num_steps + 1).view(num_reqs, num_steps + 1, -1)
         coins, final_coins = self._coins(num_reqs, num_steps), self._coins(num_reqs)
-        return _same_on_all_ranks(accept_chain(drafts.tokens, probs, coins, final_coins, drafts.probs))
+        return accept_chain(drafts.tokens, probs, coins, final_coins, drafts.probs)
 
     def _probs(self, logits: torch.Tensor, info: SamplingBatchInfo, repeat: int) -> torch.Tensor:
         def expand(values: torch.Tensor) -> torch.Tensor:
@@ -150,12 +149,3 @@ class RoundSampler:
         accept_len = int(length) + (self._simulation.random() < length - int(length))
         num_correct = torch.full((num_reqs,), accept_len - 1, device=drafts.tokens.device)
         return accept_simulated(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1), num_correct)
-
-
-def _same_on_all_ranks(acceptance: Acceptance) -> Acceptance:
-    # kernels may round differently on different GPUs; one rank decides
-    group = get_tp_group()
-    if group.world_size > 1:
-        for tensor in acceptance:
-            group.broadcast(tensor, src=0)
-    return acceptance

@@ -51,6 +51,7 @@ REFUSALS = (
     _one("tokenizer_worker_num", "SGLang does not load plugins in its tokenizer workers."),
     _one("nnodes", "Several nodes are not tested."),
     _off("enable_dp_attention", "SGLang sizes idle ranks by the names of its own algorithms."),
+    _one("tp_size", "Tensor parallelism is not tested yet."),
     _one("dp_size", "SGLang does not load plugins in its data-parallel controller; start one server per replica."),
     Refusal(
         "disaggregation_mode",

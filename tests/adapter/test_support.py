@@ -34,6 +34,7 @@ REFUSED_VALUES: dict[str, Any] = {
     "dllm_algorithm": "LowConfidence",
     "kv_cache_dtype": "fp8_e4m3",
     "dp_size": 2,
+    "tp_size": 2,
     "nnodes": 2,
     "quantization": "fp8",
 }
