@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import sglang.srt.server_args as host
+import torch
 from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
-from sglang_sparsespec.adapter.support import check_requested, check_supported
+from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 
@@ -90,6 +91,7 @@ class SparseSpecServerArgs(ServerArgs):
     def __post_init__(self) -> None:
         if (self.speculative_algorithm or "").upper() == ALGORITHM:
             check_requested(self)
+            self._choose_backend()
         super().__post_init__()
         if self.sparsespec_config is None:
             self._refuse_stray_options()
@@ -104,6 +106,12 @@ class SparseSpecServerArgs(ServerArgs):
             # an idle scheduler would otherwise poll, and take one of the cores that the next request needs
             self.sleep_on_idle = True
         super()._handle_cpu_backends()
+
+    def _choose_backend(self) -> None:
+        """SGLang's own default depends on the card (fa3 on Hopper) and may be one that is not tested."""
+        chosen = (self.attention_backend, self.prefill_attention_backend, self.decode_attention_backend)
+        if self.device in (None, "cuda") and torch.cuda.is_available() and chosen == (None, None, None):
+            self.attention_backend = CUDA_ATTENTION_BACKENDS[0]
 
     def _refuse_stray_options(self) -> None:
         for field in _option_fields():

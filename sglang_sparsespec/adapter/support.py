@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.config import SparseSpecConfig
 
-CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3")
+CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
 _WITHOUT = "start without --speculative-algorithm SPARSESPEC"
 

@@ -166,9 +166,9 @@ def test_backends_of_other_devices_are_refused(device: str, backends: tuple[str,
     assert str(caught.value).startswith(f"{thing} is ")
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton", "fa3"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
 def test_backends_of_a_gpu_are_accepted(backend: str) -> None:
-    """The three that the documentation names."""
+    """The two that the documentation names."""
     from sglang_sparsespec.adapter.support import _check_backends
 
     for page_size in (None, 1, 16):
