@@ -7,6 +7,7 @@ a subclass with more fields therefore gives all three, and pickles to the schedu
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -105,6 +106,9 @@ class SparseSpecServerArgs(ServerArgs):
                 self.attention_backend = "torch_native"
             # an idle scheduler would otherwise poll, and take one of the cores that the next request needs
             self.sleep_on_idle = True
+            # the schedulers inherit it: with OpenMP's default, threads that wait for a core someone else has spin,
+            # which made the CPU ops 10 to 50 times slower on a shared two-core machine (2026-11-22)
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         super()._handle_cpu_backends()
 
     def _choose_backend(self) -> None:

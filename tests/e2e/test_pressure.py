@@ -1,4 +1,4 @@
-"""A server without a radix cache whose requests are retracted all the time, with the parsers that people deploy.
+"""A server without a radix cache whose requests are retracted all the time, with parsers, metrics and large batches.
 
 SGLang retracts a running request when the pool is full: its KV goes, and it is prefilled again with its outputs.
 SGLANG_TEST_RETRACT makes it do so every few steps.
@@ -7,9 +7,12 @@ SGLANG_TEST_RETRACT makes it do so every few steps.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
 
 from tests.e2e.conftest import TINY_ENV
 from tests.support.server import Server
@@ -38,10 +41,13 @@ WEATHER = {
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
-    options = "--disable-radix-cache --tool-call-parser qwen25 --reasoning-parser deepseek-r1 --skip-server-warmup"
+    options = "--disable-radix-cache --tool-call-parser qwen --reasoning-parser deepseek-r1 --skip-server-warmup"
+    load = "--max-running-requests 128 --max-total-tokens 50000 --enable-metrics --decode-log-interval 2"
     spec = "--speculative-algorithm SPARSESPEC --sparsespec-min-budget 32"
     env = {**TINY_ENV, "SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "5"}
-    with Server(tiny_model, *options.split(), *spec.split(), env=env) as server:
+    # `sglang serve`, which other tests start as `python -m sglang.launch_server`
+    command = [sys.executable, "-c", "import sys; from sglang.cli.main import main; sys.exit(main())", "serve"]
+    with Server(tiny_model, *options.split(), *load.split(), *spec.split(), env=env, command=command) as server:
         yield server
 
 
@@ -52,6 +58,26 @@ def test_retracted_requests_go_on_as_if_nothing_had_happened(server: Server, par
     assert_greedy_parity(exchanges, responses)
     assert sum(response["meta_info"]["num_retractions"] for response in responses) > 0
     server.idle_check()
+
+
+def test_batch_of_128(server: Server, parity_record: ParityRecord) -> None:
+    """Buffers sized for fewer rows, or a row that reads its neighbour's selection, show at the largest batch only."""
+    exchanges = (parity_record.base * 7)[:128]
+    responses = concurrently(server, [exchange.payload for exchange in exchanges])
+    assert_greedy_parity(exchanges, responses)
+    server.idle_check()
+
+
+def test_metrics_and_log_line_report_rounds(server: Server) -> None:
+    """Gauges that are never set, or a log line that is never due, look like a server without drafts."""
+    sampling = {"temperature": 0, "max_new_tokens": 60, "ignore_eos": True}
+    server.generate({"input_ids": [5, 6, 7] * 40, "sampling_params": sampling})
+    metrics = requests.get(server.url + "/metrics", timeout=60).text
+    values = dict(re.findall(r"^sglang:sparsespec_(\w+)\{.*?\} (\S+)$", metrics, flags=re.MULTILINE))
+    assert 1 <= float(values["accept_length"]) <= 9
+    assert 0 < float(values["budget_share"]) < 1
+    assert float(values["selection_refresh_ms"]) > 0
+    assert "SPARSESPEC: accept length" in server.log_text()
 
 
 def test_tool_call_is_parsed(server: Server) -> None:
