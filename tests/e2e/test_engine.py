@@ -1,0 +1,99 @@
+"""The offline engine, in a Python program of its own as a user writes it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.e2e.conftest import TINY_ENV
+from tests.support.parity import compare_greedy
+from tests.support.server import server_env
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.support.workload import ParityRecord
+
+pytestmark = pytest.mark.slow
+
+NUM_PROMPTS = 8
+# the guard is needed: SGLang starts its processes by spawning
+PROGRAM = """
+import json, sys
+import psutil
+import sglang as sgl
+
+def main():
+    model, requests = json.load(sys.stdin)
+    options = dict(model_path=model, device="cpu", dtype="float32", max_total_tokens=20000, max_running_requests=16,
+                   speculative_algorithm="SPARSESPEC", speculative_num_steps=5)
+    errors = []
+    for wrong in ({"sparsespec_budget_ratio": 1.5}, {"sparsespec_no_such_option": 1}):
+        try:
+            sgl.Engine(**options, **wrong)
+        except Exception as error:
+            errors.append([type(error).__name__, str(error)])
+    engine = sgl.Engine(**options, sparsespec_min_budget=32, sparsespec_recent_window=4, skip_server_warmup=True)
+    try:
+        outputs = engine.generate(
+            input_ids=[request["input_ids"] for request in requests],
+            sampling_params=[request["sampling_params"] for request in requests],
+        )
+        one = engine.generate(prompt="Hello", sampling_params={"temperature": 0.8, "max_new_tokens": 12})
+        greedy = {"temperature": 0, "max_new_tokens": 12}
+        stream = list(engine.generate(prompt="Hello", sampling_params=greedy, stream=True))
+        info = engine.get_server_info()
+        children = [child.pid for child in psutil.Process().children(recursive=True)]
+    finally:
+        engine.shutdown()
+    result = dict(outputs=outputs, one=one, streamed=stream[-1], errors=errors, children=children,
+                  config=str(info["sparsespec_config"]),
+                  left=[c.pid for c in psutil.process_iter() if c.pid in children and c.status() != "zombie"])
+    print("RESULT " + json.dumps(result))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_engine_generates_like_the_reference_and_leaves_nothing(
+    tiny_model: Path, parity_record: ParityRecord, tmp_path: Path
+) -> None:
+    """Options that only the command line has, plugin code that a spawned process lacks, or a shutdown that hangs."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    exchanges = parity_record.base[-NUM_PROMPTS:]
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        input=json.dumps([str(tiny_model), [exchange.payload for exchange in exchanges]]),
+        env=server_env(TINY_ENV),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    result = json.loads(line.removeprefix("RESULT "))
+
+    report = compare_greedy([exchange.response for exchange in exchanges], result["outputs"])
+    assert report.ok, str(report)
+    assert all(output["meta_info"]["spec_verify_ct"] > 0 for output in result["outputs"])
+    assert len(result["one"]["output_ids"]) == 12
+    assert result["streamed"]["meta_info"]["completion_tokens"] == 12
+    assert "min_budget=32" in result["config"]
+    assert "num_steps=5" in result["config"]
+
+    [ratio, unknown] = result["errors"]
+    assert ratio[0] == "ConfigError"
+    assert ratio[1].startswith("--sparsespec-budget-ratio is 1.5; it must be in (0, 1].")
+    assert "sparsespec_no_such_option" in unknown[1]
+
+    assert len(result["children"]) >= 2
+    gone = [pid for pid in result["children"] if psutil.pid_exists(pid)]
+    assert not gone, f"processes outlived the program: {gone}"
