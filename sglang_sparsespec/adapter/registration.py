@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.server_args import ServerArgs
 
-ALGORITHM = "SPARSESPEC"
-
 
 class SparseSpecFutureMap(FutureMap):
     """SGLang's relay between iterations; ours carries nothing but the bonus token and the length.
@@ -88,7 +86,7 @@ def is_plain_cpu_host() -> bool:
 
 
 def register() -> None:
-    @SpeculativeAlgorithm.register(ALGORITHM, supports_overlap=True, spec_class=SparseSpecAlgorithm)
+    @SpeculativeAlgorithm.register(arguments.ALGORITHM, supports_overlap=True, spec_class=SparseSpecAlgorithm)
     def create(server_args: ServerArgs) -> type:
         from sglang_sparsespec.adapter.worker import SparseSpecWorker
 

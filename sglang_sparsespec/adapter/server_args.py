@@ -106,8 +106,8 @@ class SparseSpecServerArgs(ServerArgs):
                 self.attention_backend = "torch_native"
             # an idle scheduler would otherwise poll, and take one of the cores that the next request needs
             self.sleep_on_idle = True
-            # the schedulers inherit it: with OpenMP's default, threads that wait for a core someone else has spin,
-            # which made the CPU ops 10 to 50 times slower on a shared two-core machine (2026-11-22)
+            # the schedulers inherit it: by OpenMP's default a thread that waits spins, and keeps the core from the
+            # thread it waits for whenever something else runs too
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         super()._handle_cpu_backends()
 
