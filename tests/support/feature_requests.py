@@ -163,9 +163,11 @@ def run_programs(server: Server) -> dict[str, Any]:
     forked = fork.run()
     streamed = chain.run(stream=True)
     chosen = choose.run_batch([{"question": "Is it late?"}, {"question": "Is it blue?"}], progress_bar=False)
+    streamed_text = "".join(streamed.text_iter("first"))
+    streamed.sync()  # the rest of the program still runs in its own thread
     return {
         "gen": [chained["first"], chained["second"]],
-        "stream": "".join(streamed.text_iter("first")),
+        "stream": streamed_text,
         "select": [[state["answer"], state["reason"]] for state in chosen],
         "fork": [forked.text(), forked["end"]],
     }
