@@ -26,6 +26,7 @@ def paged_attention_torch(
     scale: float,
     max_len: int,
     score_lens: torch.Tensor | None = None,
+    anchored_scores: torch.Tensor | None = None,
     logit_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     problem = PagedProblem(
@@ -36,11 +37,16 @@ def paged_attention_torch(
         req_pool_indices,
         query_starts,
         query_lens,
-        score_lens,
+        score_lens if anchored_scores is None else query_starts,
         scale,
         max_len,
         logit_cap,
+        is_anchored=anchored_scores is not None,
     )
     out, scores = problem.run()
     assert out is not None
-    return out, scores
+    if anchored_scores is None:
+        return out, scores
+    assert scores is not None
+    anchored_scores[..., :max_len] = scores
+    return out, anchored_scores
