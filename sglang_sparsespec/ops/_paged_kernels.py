@@ -39,6 +39,7 @@ def _attend_kernel(
     part_ptr,
     lse_ptr,
     scores_ptr,
+    score_starts_ptr,
     stride_q_r,
     stride_q_t,
     stride_q_h,
@@ -47,9 +48,8 @@ def _attend_kernel(
     stride_v_s,
     stride_v_h,
     stride_table,
-    stride_scores_r,
-    stride_scores_h,
     stride_scores_m,
+    stride_scores_h,
     scale,
     logit_cap,
     num_kv_heads,
@@ -119,7 +119,8 @@ def _attend_kernel(
         b_anchor_lse = tl.where(b_anchor > 0.0, b_top + tl.log2(b_anchor), 0.0)
         m_row = o_m < query_len * G
         score_end = tl.minimum(tl.minimum(query_start, hi), max_len)
-        p_scores = scores_ptr + i_r * stride_scores_r + i_h * stride_scores_h + tl.program_id(1) * stride_scores_m
+        p_scores = scores_ptr + tl.program_id(1).to(tl.int64) * stride_scores_m + i_h * stride_scores_h
+        p_scores += tl.load(score_starts_ptr + i_r).to(tl.int64)
     for start in range(lo, hi, BN):
         o_p = start + o_n
         m_n = o_p < hi
@@ -285,11 +286,10 @@ def attend_paged_triton(
     logit_cap: float,
     num_splits: int | None,
     anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The output where there is a v_cache, the mean scores where there are score_lens.
-
-    With `anchored_scores` [R, H, max_len or more], their first max_len columns are filled up to each query_start.
-    """
+    """The output where there is a v_cache, the mean scores where there are score_lens, anchored ones where there is
+    a buffer for them."""
     num_reqs, num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
@@ -313,8 +313,7 @@ def attend_paged_triton(
     if anchored_scores is not None and row_tiles > 1:
         # each tile of rows sums for itself; added up below, so that the result does not depend on an order.
         # Zeros, because a tile without a valid query writes nothing
-        shape = (num_reqs, num_kv_heads, row_tiles, max_len)
-        planes = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        planes = torch.zeros((row_tiles, *anchored_scores.shape), dtype=torch.float32, device=q.device)
     if out is not None:
         part = torch.empty((*part_lse.shape, head_dim), dtype=torch.float32, device=q.device)
     constants = {
@@ -338,11 +337,13 @@ def attend_paged_triton(
         part,
         part_lse,
         part_lse if planes is None else planes,
+        query_starts if score_starts is None else score_starts,
         *q_strides,
         *k_strides,
         *v_strides,
         req_to_token.stride(0),
-        *((0, 0, 0) if planes is None else (planes.stride(0), planes.stride(1), planes.stride(2))),
+        planes.stride(0) if planes is not None and row_tiles > 1 else 0,
+        0 if planes is None else planes.stride(-2),
         *sizes,
         NUM_ANCHORS=0 if planes is None else NUM_ANCHORS,
         NUM_FIRST=NUM_FIRST_ANCHORS,
@@ -367,7 +368,7 @@ def attend_paged_triton(
         )
     if anchored_scores is not None and row_tiles > 1:
         assert planes is not None
-        torch.sum(planes, dim=2, out=anchored_scores[..., :max_len])
+        torch.sum(planes, dim=0, out=anchored_scores)
     if scores is not None:
         _scores_kernel[(num_reqs * num_kv_heads, triton.cdiv(max_len, block))](
             q,

@@ -144,26 +144,25 @@ def test_groups_separate_prefill_from_decode() -> None:
 
 
 def check_anchored(backend: str, device: torch.device, case: PagedCase, max_len: int, **options: float) -> None:
-    """The output as without scores, and scores below each query_start, written into a part of a wider buffer."""
+    """The output as without scores, and scores below each query_start, one request after the other in a buffer."""
     options["scale"] = case.q.shape[-1] ** -0.5
-    wide = torch.full((case.q.shape[0], 3, case.k_cache.shape[1], max_len + 5), torch.nan, device=device)
-    out, scores = implementation(backend)(*case.to(device), max_len=max_len, anchored_scores=wide[:, 1], **options)
+    lens = case.query_starts.long()
+    # with a gap before each, in another order than the requests
+    starts = (lens + 3).flip(0).cumsum(0).flip(0) - lens
+    wide = torch.full((3, case.k_cache.shape[1], int(lens.sum()) + 3 * len(lens) + 3), torch.nan, device=device)
+    arguments = {"anchored_scores": wide[1], "score_starts": starts.to(device), "max_len": max_len, **options}
+    out, no_scores = implementation(backend)(*case.to(device), **arguments)
     options.pop("num_splits", None)
     expected, _ = paged_attention_reference(*case, max_len=max_len, **options)
     expected_scores = anchored_scores_reference(*case.without_value(), max_len=max_len, **options)
     assert_output_close(out.cpu(), expected)
-    assert scores is not None
-    assert wide[:, [0, 2]].isnan().all()
-    assert wide[..., max_len:].isnan().all()
-    for r in range(case.q.shape[0]):
-        end = int(case.query_starts[r]) if case.query_lens[r] else 0
-        # relative to a sum over at most 64 anchors, computed in another order: a few ulp more than a softmax
-        torch.testing.assert_close(
-            scores[r, :, :end].cpu(),
-            expected_scores[r, :, :end],
-            atol=1e-6,
-            rtol=5e-5 if device.type == "cpu" else 1e-4,
-        )
+    assert no_scores is None
+    assert wide[[0, 2]].isnan().all()
+    for r, (start, length) in enumerate(zip(starts.tolist(), lens.tolist(), strict=True)):
+        if case.query_lens[r]:
+            actual = wide[1, :, start : start + length].cpu()
+            # relative to a sum over at most 64 anchors, computed in another order: a few ulp more than a softmax
+            torch.testing.assert_close(actual, expected_scores[r, :, :length], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -200,21 +199,24 @@ def test_anchored_scores_are_bounded(backend: str, device: torch.device) -> None
     """A position far above all anchors would overflow to infinity, and infinity times zero to NaN."""
     case = make_paged_case([(128, 2)], num_queries=2, num_kv_heads=1, group=2, head_dim=64, dtype=torch.float32)
     case.q.mul_(40.0)
-    scores = torch.full((1, 1, 130), torch.nan, device=device)
-    implementation(backend)(*case.to(device), max_len=130, anchored_scores=scores, scale=1.0)
-    assert (scores[..., :128] >= 0).all()
-    assert (scores[..., :128] <= 1).all()
-    assert scores[..., :128].max() > 0.2
+    scores = torch.full((1, 130), torch.nan, device=device)
+    starts = torch.zeros(1, dtype=torch.int64, device=device)
+    implementation(backend)(*case.to(device), max_len=130, anchored_scores=scores, score_starts=starts, scale=1.0)
+    assert (scores[:, :128] >= 0).all()
+    assert (scores[:, :128] <= 1).all()
+    assert scores[:, :128].max() > 0.2
 
 
 def test_refuses_two_kinds_of_scores() -> None:
     """One of the two would be left out without a word."""
     case = make_paged_case([(4, 1)], num_queries=1, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
-    scores = torch.zeros(1, 1, 8)
+    anchored = {"anchored_scores": torch.zeros(1, 8), "score_starts": torch.zeros(1, dtype=torch.int64)}
     with pytest.raises(ValueError, match="score_lens"):
-        paged_attention(*case, scale=1.0, max_len=8, score_lens=case.query_starts, anchored_scores=scores)
+        paged_attention(*case, scale=1.0, max_len=8, score_lens=case.query_starts, **anchored)
+    with pytest.raises(ValueError, match="score_starts"):
+        paged_attention(*case, scale=1.0, max_len=8, anchored_scores=anchored["anchored_scores"])
     with pytest.raises(ValueError, match="anchored_scores"):
-        paged_attention(*case, scale=1.0, max_len=8, anchored_scores=scores[..., :7])
+        paged_attention(*case, scale=1.0, max_len=8, **{**anchored, "anchored_scores": torch.zeros(2, 8)})
 
 
 @pytest.mark.gpu

@@ -20,16 +20,28 @@ def make_scores(kv_lens: torch.Tensor, num_rows: int, num_positions: int, seed: 
     return torch.where(past, junk, scores)
 
 
+def ravel(scores: torch.Tensor, kv_lens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[L, R, HS, N] -> [L, HS, C] without what lies past the lengths, requests in reverse order, NaN between them."""
+    lens = kv_lens.long().cpu()
+    starts = (lens + 2).flip(0).cumsum(0).flip(0) - lens
+    ragged = torch.full((scores.shape[0], scores.shape[2], int(lens.sum()) + 2 * len(lens)), torch.nan)
+    for r, (start, length) in enumerate(zip(starts.tolist(), lens.tolist(), strict=True)):
+        ragged[..., start : start + length] = scores[:, r, :, :length].cpu()
+    return ragged.to(scores.device), starts.to(scores.device)
+
+
 def select(backend: str, *args: torch.Tensor, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The public function, or the kernel."""
     if backend != "triton":
         return select_positions(*args, **options)
     from sglang_sparsespec.ops.select_positions.triton_impl import select_positions_triton
 
-    scores, *rest = args
+    scores, kv_lens, budgets = args
+    layers = scores if scores.dim() == 4 else scores[None]
+    ragged, starts = ravel(layers, kv_lens)
     # small blocks, so that small rows have several
-    options = {"share_heads": False, "block": 64, **options}
-    positions, num_selected = select_positions_triton(scores if scores.dim() == 4 else scores[None], *rest, **options)
+    options = {"share_heads": False, "block": 64, "max_len": scores.shape[-1], **options}
+    positions, num_selected = select_positions_triton(ragged, kv_lens, budgets, starts, **options)
     return positions if scores.dim() == 4 else positions[0], num_selected
 
 
@@ -93,13 +105,10 @@ def test_layers_at_once_equal_layers_one_by_one(
     kv_lens = torch.tensor([300, 0, 77, 420], dtype=torch.int32)
     budgets = torch.tensor([60, 10, 80, 80])
     layers = [make_scores(kv_lens, num_heads, 420, seed=seed) for seed in range(3)]
-    # a part of a wider buffer, as the rounds keep it
-    buffer = torch.full((3, 6, num_heads, 500), torch.nan)
-    buffer[:, :4, :, :420] = torch.stack(layers)
     options = {"max_budget": 80, "sink": 4, "recent_window": 16, "pooling": 4, "granularity": 4}
     positions, num_selected = select(
         backend,
-        buffer.to(device)[:, :4, :, :420],
+        torch.stack(layers).to(device),
         kv_lens.to(device),
         budgets.to(device),
         share_heads=share_heads,
@@ -111,6 +120,21 @@ def test_layers_at_once_equal_layers_one_by_one(
         )
         assert_same_blocks(positions[layer].cpu(), expected, 4)
         assert torch.equal(num_selected.cpu(), expected_num)
+
+
+def test_ragged_scores_equal_padded_ones(device: torch.device) -> None:
+    """Columns of the wrong request, or what lies between requests, would be selected."""
+    kv_lens = torch.tensor([90, 0, 17, 64])
+    scores = torch.stack([make_scores(kv_lens, 2, 90, seed=seed) for seed in range(2)]).to(device)
+    kv_lens, budgets = kv_lens.to(device), torch.tensor([30, 30, 30, 7], device=device)
+    options = {**DEFAULTS, "max_budget": 30, "pooling": 3, "share_heads": True}
+    expected, expected_num = select_positions(scores, kv_lens, budgets, **options)
+    ragged, starts = ravel(scores, kv_lens)
+    positions, num_selected = select_positions(ragged, kv_lens, budgets, score_starts=starts, max_len=95, **options)
+    assert torch.equal(positions, expected)
+    assert torch.equal(num_selected, expected_num)
+    with pytest.raises(ValueError, match="max_len"):
+        select_positions(ragged, kv_lens, budgets, score_starts=starts, **options)
 
 
 def test_keeps_the_highest_under_ties(backend: str, device: torch.device) -> None:

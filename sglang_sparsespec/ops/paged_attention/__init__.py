@@ -44,6 +44,7 @@ def paged_attention(
     max_len: int,
     score_lens: torch.Tensor | None = None,
     anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal attention of some query tokens per request over its whole context, the queries' own KV included.
@@ -52,8 +53,8 @@ def paged_attention(
     with ``h = hq // G`` and k, v at slot ``req_to_token[req_pool_indices[r], p]``. Sums are float32.
 
     Anchored scores rank positions as probabilities do, but each query row is relative to what it pays to its anchors
-    (the first 16 and the last 48 positions below `query_starts`, or all of them if there are fewer than 64), so a row's
-    share is known before the row has been read: ``scores[r, h, p] = mean over t < query_lens[r], g < G of
+    (the first 16 and the last 48 positions below `query_starts`, or all of them if there are fewer than 64), and
+    so needs no second look: ``scores[h, score_starts[r] + p] = mean over t < query_lens[r], g < G of
     min(1, exp(l[p]) / sum over anchors a of exp(l[a]))`` with l the capped logits of the row.
 
     Args:
@@ -69,19 +70,20 @@ def paged_attention(
         scale: factor on the logits, before the cap.
         max_len: tokens, on the host; at least every ``query_starts + query_lens``, may be loose.
         score_lens: [R], int32 or int64, tokens; asks for scores, exactly 0 from these positions on.
-        anchored_scores: [R, H, max_len or more], float32, may be strided; asks for anchored scores, written here below
-            `query_starts`. What stands from there on is undefined. Not together with `score_lens`.
+        anchored_scores: [H, C], float32, may be strided; asks for anchored scores: those of request r's positions
+            [0, query_starts[r]) are written to the columns from ``score_starts[r]`` on. Every other column is
+            undefined afterwards. Not together with `score_lens`.
+        score_starts: [R], int32 or int64; where the requests' columns begin. They must not overlap.
         logit_cap: soft cap of the logits; 0 is off.
 
     Returns:
         out: [R, T, HQ, D], dtype of q; zeros in the rows of invalid queries.
-        scores: [R, H, max_len], float32, as `capture_scores` gives them, or `anchored_scores`; None if neither is
-            asked for.
+        scores: [R, H, max_len], float32, as `capture_scores` gives them; None without `score_lens`.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or stride, or a negative cap; on CPU also if `max_len` is too small.
 
-    Not checked: values on the device (lengths within bounds, slots in the pool).
+    Not checked: values on the device (lengths within bounds, slots in the pool, columns in the buffer).
     Reference: SparseSpec (arXiv:2512.01278), dense verification; `paged_attention.reference`.
     """
     check_paged_query(
@@ -92,7 +94,9 @@ def paged_attention(
     if score_lens is not None:
         check_index("score_lens", score_lens, (q.shape[0],), q.device)
     if anchored_scores is not None:
-        _check_anchored_scores(anchored_scores, k_cache, q, score_lens, max_len)
+        _check_anchored_scores(anchored_scores, score_starts, q, k_cache.shape[1])
+        if score_lens is not None:
+            raise ValueError("score_lens: expected None together with anchored_scores, which end at query_starts.")
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = paged_attention_torch
     if q.is_cuda and q.shape[1] <= MAX_TRITON_QUERIES:
         # imported where it is used: a CPU install may lack Triton
@@ -111,18 +115,18 @@ def paged_attention(
         max_len=max_len,
         score_lens=score_lens,
         anchored_scores=anchored_scores,
+        score_starts=score_starts,
         logit_cap=logit_cap,
     )
 
 
 def _check_anchored_scores(
-    scores: torch.Tensor, k_cache: torch.Tensor, q: torch.Tensor, score_lens: torch.Tensor | None, max_len: int
+    scores: torch.Tensor, starts: torch.Tensor | None, q: torch.Tensor, num_kv_heads: int
 ) -> None:
-    if score_lens is not None:
-        raise ValueError("score_lens: expected None together with anchored_scores, whose lengths are query_starts.")
-    check_shape("anchored_scores", scores, (q.shape[0], k_cache.shape[1], None))
+    check_shape("anchored_scores", scores, (num_kv_heads, None))
     check_dtype("anchored_scores", scores, (torch.float32,))
     check_device("anchored_scores", scores, q.device)
     check_dense_rows("anchored_scores", scores)
-    if scores.shape[2] < max_len:
-        raise ValueError(f"anchored_scores: expected {max_len} columns or more (max_len), got {scores.shape[2]}.")
+    if starts is None:
+        raise ValueError("score_starts: expected the requests' first columns together with anchored_scores, got None.")
+    check_index("score_starts", starts, (q.shape[0],), q.device)

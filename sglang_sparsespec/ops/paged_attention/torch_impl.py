@@ -6,12 +6,9 @@ float32. Invariant: what is gathered or held at a time is bounded, whatever the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from sglang_sparsespec.ops._paged import PagedProblem
-
-if TYPE_CHECKING:
-    import torch
 
 
 def paged_attention_torch(
@@ -27,6 +24,7 @@ def paged_attention_torch(
     max_len: int,
     score_lens: torch.Tensor | None = None,
     anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     problem = PagedProblem(
@@ -48,5 +46,13 @@ def paged_attention_torch(
     if anchored_scores is None:
         return out, scores
     assert scores is not None
-    anchored_scores[..., :max_len] = scores
-    return out, anchored_scores
+    assert score_starts is not None
+    num_columns = anchored_scores.shape[1]
+    position = torch.arange(max_len, device=q.device)
+    is_scored = position < query_starts.masked_fill(query_lens == 0, 0)[:, None]
+    # what is not scored goes to a column of its own, so that nothing waits for the device to count
+    column = (score_starts[:, None] + position).where(is_scored, num_columns).flatten()
+    padded = torch.nn.functional.pad(anchored_scores, (0, 1))
+    padded[:, column] = scores.transpose(0, 1).flatten(1)
+    anchored_scores.copy_(padded[:, :num_columns])
+    return out, None

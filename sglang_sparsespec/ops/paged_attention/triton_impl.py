@@ -28,6 +28,7 @@ def paged_attention_triton(
     max_len: int,
     score_lens: torch.Tensor | None = None,
     anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -46,6 +47,7 @@ def paged_attention_triton(
         logit_cap=logit_cap,
         num_splits=num_splits,
         anchored_scores=anchored_scores,
+        score_starts=score_starts,
     )
     assert out is not None
-    return out, scores if anchored_scores is None else anchored_scores
+    return out, scores

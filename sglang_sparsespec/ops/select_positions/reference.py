@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -30,15 +31,16 @@ def select_positions_reference(
     share_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if scores.dim() == 4:
-        options = {
-            "max_budget": max_budget,
-            "sink": sink,
-            "recent_window": recent_window,
-            "pooling": pooling,
-            "granularity": granularity,
-            "share_heads": share_heads,
-        }
-        layers = [select_positions_reference(layer, kv_lens, budgets, **options) for layer in scores]
+        run = functools.partial(
+            select_positions_reference,
+            max_budget=max_budget,
+            sink=sink,
+            recent_window=recent_window,
+            pooling=pooling,
+            granularity=granularity,
+            share_heads=share_heads,
+        )
+        layers = [run(layer, kv_lens, budgets) for layer in scores]
         return torch.stack([positions for positions, _ in layers]), layers[0][1]
     if share_heads:
         scores = scores.mean(dim=1, keepdim=True)

@@ -22,6 +22,12 @@ def pool_forward(scores: torch.Tensor, pooling: int) -> torch.Tensor:
     return scores + F.avg_pool1d(padded, kernel_size=pooling + 1, stride=1).view_as(scores)
 
 
+def unravel(scores: torch.Tensor, score_starts: torch.Tensor, max_len: int) -> torch.Tensor:
+    """[L, HS, C], one request's columns after another's -> [L, R, HS, max_len]; any columns past a request's own."""
+    column = score_starts[:, None] + torch.arange(max_len, device=scores.device)
+    return scores[:, :, column.clamp_(0, max(0, scores.shape[-1] - 1))].transpose(1, 2)
+
+
 def select_positions_torch(
     scores: torch.Tensor,
     kv_lens: torch.Tensor,
@@ -34,6 +40,7 @@ def select_positions_torch(
     granularity: int,
     share_heads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores are [L, R, HS, N] or [R, HS, N]."""
     num_positions = scores.shape[-1]
     g = granularity
     if share_heads and scores.shape[-2] > 1:

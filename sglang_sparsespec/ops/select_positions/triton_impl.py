@@ -37,17 +37,17 @@ def _select_kernel(
     scores_ptr,
     kv_lens_ptr,
     budgets_ptr,
+    score_starts_ptr,
     scratch_ptr,
     positions_ptr,
     num_selected_ptr,
     stride_scores_l,
-    stride_scores_r,
     stride_scores_h,
     num_rows,
     num_reqs,
     num_lists,
     num_heads,
-    num_positions,
+    max_len,
     max_budget,
     sink,
     recent_window,
@@ -59,22 +59,22 @@ def _select_kernel(
     """Rows are (layer, request, list); a list is a score row, or all score rows of a request where IS_SHARED."""
     o_b = tl.arange(0, BLOCK)
     # of this program: the mean over heads, then the keys
-    p_mean = scratch_ptr + tl.program_id(0).to(tl.int64) * 2 * num_positions
-    p_key = p_mean + num_positions
+    p_mean = scratch_ptr + tl.program_id(0).to(tl.int64) * 2 * max_len
+    p_key = p_mean + max_len
     for i_row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         row = i_row + tl.zeros([], dtype=tl.int64)
         i_lr = row // num_lists
         i_list = row % num_lists
         i_l = i_lr // num_reqs
         i_r = i_lr % num_reqs
-        kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + i_r).to(tl.int32), 0), num_positions)
+        kv_len = tl.minimum(tl.maximum(tl.load(kv_lens_ptr + i_r).to(tl.int32), 0), max_len)
         budget = tl.minimum(tl.maximum(tl.load(budgets_ptr + i_r).to(tl.int32), 0), max_budget)
         num_blocks = kv_len // G
         num_kept = tl.minimum(budget // G, num_blocks)
         if row < num_reqs * num_lists and i_list == 0:
             tl.store(num_selected_ptr + i_r, num_kept * G)
 
-        p_scores = scores_ptr + i_l * stride_scores_l + i_r * stride_scores_r
+        p_scores = scores_ptr + i_l * stride_scores_l + tl.load(score_starts_ptr + i_r).to(tl.int64)
         if IS_SHARED:
             for start in range(0, num_blocks * G, BLOCK):
                 o_p = start + o_b
@@ -153,7 +153,9 @@ def select_positions_triton(
     scores: torch.Tensor,
     kv_lens: torch.Tensor,
     budgets: torch.Tensor,
+    score_starts: torch.Tensor,
     *,
+    max_len: int,
     max_budget: int,
     sink: int,
     recent_window: int,
@@ -162,8 +164,9 @@ def select_positions_triton(
     share_heads: bool,
     block: int = _BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; scores are [L, R, HS, N]. `block`, a power of two, is for tests."""
-    num_layers, num_reqs, num_heads, num_positions = scores.shape
+    """Launch; scores are [L, HS, C], one request's columns after another's. `block`, a power of two, is for tests."""
+    num_layers, num_heads, _ = scores.shape
+    num_reqs = kv_lens.shape[0]
     num_lists = 1 if share_heads else num_heads
     num_rows = num_layers * num_reqs * num_lists
     positions = torch.empty((num_layers, num_reqs, num_lists, max_budget), dtype=torch.int32, device=scores.device)
@@ -172,23 +175,23 @@ def select_positions_triton(
         return positions, num_selected.zero_()
     # the interpreter has no multiprocessors
     num_sms = torch.cuda.get_device_properties(scores.device).multi_processor_count if scores.is_cuda else 1
-    num_programs = min(num_rows, _WAVES * num_sms, max(1, _SCRATCH_BYTES // (8 * max(1, num_positions))))
-    scratch = torch.empty((num_programs, 2, num_positions), dtype=torch.float32, device=scores.device)
+    num_programs = min(num_rows, _WAVES * num_sms, max(1, _SCRATCH_BYTES // (8 * max(1, max_len))))
+    scratch = torch.empty((num_programs, 2, max_len), dtype=torch.float32, device=scores.device)
     _select_kernel[(num_programs,)](
         scores,
         kv_lens,
         budgets,
+        score_starts,
         scratch,
         positions,
         num_selected,
         scores.stride(0),
         scores.stride(1),
-        scores.stride(2),
         num_rows,
         num_reqs,
         num_lists,
         num_heads,
-        num_positions,
+        max_len,
         max_budget,
         sink,
         recent_window,
