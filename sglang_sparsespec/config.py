@@ -16,6 +16,7 @@ SELECTIONS: Final = ("pillar", "window", "random")
 GRANULARITIES: Final = ("token", "4", "8", "16")
 SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
+VERIFY_ATTENTIONS: Final = ("backend", "fused")
 SCHEDULES: Final = ("lockstep",)
 
 # docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
@@ -51,6 +52,9 @@ class SparseSpecConfig:
     draft_sampling: str = "sampled"
     """`sampled`: drafts at the request's temperature, chain rejection with the stored draft distribution.
     `greedy`: the draft's argmax, target-only rule. Both leave the output distribution exact."""
+    verify_attention: str = "backend"
+    """`backend`: the user's attention backend verifies, and scores are captured beside it.
+    `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together."""
 
@@ -72,6 +76,7 @@ class SparseSpecConfig:
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_choice("sharing", self.sharing, SHARINGS)
         _check_choice("draft-sampling", self.draft_sampling, DRAFT_SAMPLINGS)
+        _check_choice("verify-attention", self.verify_attention, VERIFY_ATTENTIONS)
         _check_choice("schedule", self.schedule, SCHEDULES)
         # A budget smaller than one block would select nothing; smaller than sink + recent is legal: sinks win.
         if self.min_budget < self.block_size and self.granularity != "token":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    from sglang_sparsespec.adapter.fused_verify import FusedVerify
     from sglang_sparsespec.adapter.metrics import RefreshTimer
     from sglang_sparsespec.selection import SelectionPolicy
     from sglang_sparsespec.selection.store import DraftKV, SelectionStore
@@ -75,6 +76,7 @@ class SparseSpecAttnBackend:
         store: where selections are kept.
         num_queries: queries captured at the end of a prompt (a verify captures all of its own).
         timer: of capture and selection.
+        fused: attends in verifies that say so.
     """
 
     def __init__(
@@ -85,12 +87,14 @@ class SparseSpecAttnBackend:
         store: SelectionStore,
         num_queries: int,
         timer: RefreshTimer,
+        fused: FusedVerify | None = None,
     ) -> None:
         self.dense = dense
         self.policy = policy
         self.store = store
         self.num_queries = num_queries
         self.timer = timer
+        self.fused = fused
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.draft_kv: DraftKV | None = None
@@ -111,8 +115,13 @@ class SparseSpecAttnBackend:
         self.dense.init_forward_metadata(forward_batch)
 
     def plan_drafts(self, draft_kv: DraftKV) -> None:
-        """Set what the draft steps of this round read."""
+        """Set what draft steps read from now on; `lens` counts a step's own token once the step has begun."""
         self.draft_kv = draft_kv
+
+    def select_without_attention(self, rows: torch.Tensor, kv_lens: torch.Tensor, max_len: int) -> None:
+        """Refresh every layer, by a policy that asks no attention."""
+        for layer in range(self.store.positions.shape[0]):
+            self.store.write(layer, rows, self.policy.select(None, kv_lens, max_len))
 
     def _plan_capture(self, forward_batch: ForwardBatch) -> CapturePlan | None:
         if forward_batch.forward_mode.is_target_verify():
@@ -178,6 +187,9 @@ class SparseSpecAttnBackend:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
+        if isinstance(forward_batch.spec_info, SparseSpecVerifyInput) and forward_batch.spec_info.is_fused:
+            assert self.fused is not None
+            return self.fused.attend(q, k, v, layer, forward_batch.out_cache_loc)
         plan = self._capture
         if plan is None:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -223,11 +235,6 @@ class SparseSpecAttnBackend:
             logit_cap=layer.logit_cap,
         )
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
-
-    def advance_draft(self) -> None:
-        """One more drafted token is visible from now on."""
-        assert self.draft_kv is not None
-        self.draft_kv = self.draft_kv._replace(lens=self.draft_kv.lens + 1)
 
     # Capture and refresh
 

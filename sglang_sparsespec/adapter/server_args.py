@@ -81,6 +81,17 @@ class SparseSpecServerArgs(ServerArgs):
             choices=list(cfg.DRAFT_SAMPLINGS),
         ),
     ] = _DEFAULTS.draft_sampling
+    sparsespec_verify_attention: Annotated[
+        str,
+        Arg(
+            help=_help(
+                "backend: the server's attention backend verifies and rounds run eagerly; fused: our own kernel "
+                "verifies and scores in one pass, from CUDA graphs (not yet measured on a GPU).",
+                _DEFAULTS.verify_attention,
+            ),
+            choices=list(cfg.VERIFY_ATTENTIONS),
+        ),
+    ] = _DEFAULTS.verify_attention
     sparsespec_schedule: Annotated[
         str,
         Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),
@@ -88,6 +99,9 @@ class SparseSpecServerArgs(ServerArgs):
     sparsespec_config: Annotated[
         SparseSpecConfig | None, Arg(help="The validated options; set by resolution.", no_cli=True)
     ] = None
+    sparsespec_batch_sizes: Annotated[
+        tuple[int, ...], Arg(help="Batch sizes that rounds are padded to; set by resolution.", no_cli=True)
+    ] = ()
 
     def __post_init__(self) -> None:
         if (self.speculative_algorithm or "").upper() == ALGORITHM:
@@ -133,7 +147,7 @@ def _option_fields() -> list[dataclasses.Field[Any]]:
     return [
         field
         for field in dataclasses.fields(SparseSpecServerArgs)
-        if field.name.startswith("sparsespec_") and field.name != "sparsespec_config"
+        if field.name.startswith("sparsespec_") and field.name not in ("sparsespec_config", "sparsespec_batch_sizes")
     ]
 
 
@@ -168,11 +182,24 @@ def resolve(server_args: ServerArgs) -> None:
     server_args.speculative_eagle_topk = 1
     if server_args.max_running_requests is None:
         server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
+    if config.verify_attention == "fused":
+        server_args.sparsespec_batch_sizes = _batch_sizes(server_args)
     _turn_graphs_off(server_args)
 
 
+def _batch_sizes(server_args: ServerArgs) -> tuple[int, ...]:
+    """Where SGLang would capture decode graphs; on a CPU, where nothing is captured, what the user asks to pad to."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    sizes = server_args.cuda_graph_bs_decode
+    graphs = server_args.cuda_graph_config
+    if server_args.device != "cpu":
+        sizes = None if graphs is None or graphs.decode.backend == Backend.DISABLED else graphs.decode.bs
+    return tuple(sorted(sizes or ()))
+
+
 def _turn_graphs_off(server_args: ServerArgs) -> None:
-    # Drafting, score capture and verify run eagerly for now: SGLang's graph runners know their own algorithms only.
+    # SGLang's graph runners know their own algorithms only; ours are in padded_forward.py
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
     if server_args.cuda_graph_config is not None:

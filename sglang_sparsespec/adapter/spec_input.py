@@ -69,3 +69,5 @@ class SparseSpecVerifyInput(DFlashVerifyInput):
     capture_hidden_mode: CaptureHiddenMode = CaptureHiddenMode.NULL
     max_committed_len: int = 0
     """Bound of the committed lengths in the batch, known to the host."""
+    is_fused: bool = False
+    """Attention, scores and selection come out of our own kernel, which is planned apart; the rest is not read."""

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
@@ -21,10 +22,13 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
+from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
 from sglang_sparsespec.adapter.metrics import RoundMetrics
+from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
+from sglang_sparsespec.adapter.static_round import StaticRound
 from sglang_sparsespec.selection import POLICIES
 from sglang_sparsespec.selection.store import SelectionStore
 
@@ -32,9 +36,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
-    from sglang.srt.layers.logits_processor import LogitsProcessorOutput
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.speculative.spec_info import SpecInput
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
@@ -61,6 +65,10 @@ class RoundPlan(NamedTuple):
     """[num_reqs, k + 1], int64, KV slots of those positions."""
     max_committed_len: int
     """Bound of n, known to the host without asking the device."""
+    max_total_len: int
+    """Bound of n summed over the requests, likewise."""
+    batch_size: int
+    """What the round is padded to."""
     penalised: PenalisedRows | None
     """Requests with penalties."""
 
@@ -87,6 +95,7 @@ class SparseSpecWorker(BaseSpecWorker):
         assert server_args.sparsespec_config is not None, "SPARSESPEC's options were not resolved"
         self.config = server_args.sparsespec_config
         self.device = server_args.device
+        self._server_args = server_args
         self._target_worker = target_worker
         self._model_runner = target_worker.model_runner
         self._policy = POLICIES[self.config.selection](self.config)
@@ -136,67 +145,113 @@ class SparseSpecWorker(BaseSpecWorker):
         positions = committed_lens[:, None] + self._offsets
         slots = batch.req_to_token_pool.req_to_token[batch.req_pool_indices[:, None], positions].long()
         if batch.seq_lens_cpu is not None:
-            bound = int(batch.seq_lens_cpu.max())
+            bounds = batch.seq_lens_cpu.tolist()
         else:
             # the device is ahead of the host by one round; what is allocated covers that
-            bound = max(req.kv.kv_allocated_len for req in batch.reqs)
+            bounds = [req.kv.kv_allocated_len for req in batch.reqs]
         return RoundPlan(
-            batch.req_pool_indices, committed_lens, positions, slots, bound, self._penalties.rows_of(batch)
+            rows=batch.req_pool_indices,
+            committed_lens=committed_lens,
+            positions=positions,
+            slots=slots,
+            max_committed_len=max(bounds),
+            max_total_len=sum(bounds),
+            batch_size=self._draft_step.padded(len(bounds)),
+            penalised=self._penalties.rows_of(batch),
         )
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""
-        self._backend.plan_drafts(
-            self._store.draft_kv(
-                plan.rows,
-                plan.committed_lens,
-                batch.req_to_token_pool.req_to_token,
-                max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
-                tail=2 * self.config.num_draft_tokens + self.config.block_size,
-            )
+        draft_kv = self._store.draft_kv(
+            plan.rows,
+            plan.committed_lens,
+            batch.req_to_token_pool.req_to_token,
+            max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
+            tail=self._tail,
         )
-        forward_batch = self._draft_forward_batch(batch, plan)
+        num_reqs = plan.rows.shape[0]
+        self._static.load(plan.rows, plan.committed_lens, plan.positions, plan.slots, draft_kv, plan.batch_size)
         tokens, probs = [], []
         current = batch.spec_info.bonus_tokens.long()
         for step in range(self.config.num_steps):
-            self._backend.advance_draft()
-            logits = self._draft_step(forward_batch, plan, step, current)
+            self._static.begin_step(step, current, plan.batch_size)
+            logits = self._draft_step(plan.batch_size)[:num_reqs]
             current, distribution = self._sampler.draft(logits, batch.sampling_info, plan.penalised, current)
             tokens.append(current)
             probs.append(distribution)
         sampled = [distribution for distribution in probs if distribution is not None]
         return Drafts(torch.stack(tokens, dim=1), torch.stack(sampled, dim=1) if sampled else None)
 
-    def _draft_step(
-        self, forward_batch: ForwardBatch, plan: RoundPlan, step: int, current: torch.Tensor
-    ) -> torch.Tensor:
-        """Feed one token per request at position n + step; returns logits [num_reqs, vocab_size]."""
-        forward_batch.input_ids = current
-        # kernels read both as dense arrays
-        forward_batch.positions = plan.positions[:, step].contiguous()
-        forward_batch.out_cache_loc = plan.slots[:, step].contiguous()
-        forward_batch.seq_lens = plan.committed_lens + step + 1
-        with forward_context(ForwardContext(attn_backend=self._backend)):
-            output = self._model_runner.model.forward(current, forward_batch.positions, forward_batch)
-        return output.next_token_logits
+    def _draft_body(self, batch_size: int) -> torch.Tensor:
+        """Feed one token per request; returns logits [batch_size, vocab_size]."""
+        static = self._static
+        self._backend.plan_drafts(static.draft_kv(batch_size))
+        positions = static.step_positions[:batch_size]
+        return self._forward(
+            ForwardMode.DECODE,
+            batch_size,
+            static.step_tokens[:batch_size],
+            positions,
+            static.step_slots[:batch_size],
+            SparseSpecDraftStep(positions=positions),
+        )
 
-    def _draft_forward_batch(self, batch: ScheduleBatch, plan: RoundPlan) -> ForwardBatch:
-        verify_info = batch.spec_info
-        batch.forward_mode = ForwardMode.DECODE
-        batch.input_ids = verify_info.bonus_tokens
-        batch.out_cache_loc = plan.slots[:, 0]
-        batch.spec_info = SparseSpecDraftStep(positions=plan.positions[:, 0])
-        return_logprob, batch.return_logprob = batch.return_logprob, False
-        try:
-            return ForwardBatch.init_new(
-                batch,
-                self._model_runner,
-                capture_hidden_mode=CaptureHiddenMode.NULL,
-                return_hidden_states_before_norm=False,
+    def _verify_body(self, batch_size: int) -> torch.Tensor:
+        """Our own verify; returns logits [batch_size * (k + 1), vocab_size]."""
+        static = self._static
+        assert self._backend.fused is not None
+        self._backend.fused.begin(
+            FusedPlan(
+                static.rows[:batch_size],
+                static.committed_lens[:batch_size],
+                static.num_queries[:batch_size],
+                self.config.num_draft_tokens,
+                self._verify_max_len,
             )
-        finally:
-            batch.spec_info = verify_info
-            batch.return_logprob = return_logprob
+        )
+        chain, positions = static.chain[:batch_size].flatten(), static.positions[:batch_size].flatten()
+        return self._forward(
+            ForwardMode.TARGET_VERIFY,
+            batch_size,
+            chain,
+            positions,
+            static.slots[:batch_size].flatten(),
+            SparseSpecVerifyInput(
+                draft_token=chain,
+                positions=positions,
+                draft_token_num=self.config.num_draft_tokens,
+                is_fused=True,
+            ),
+        )
+
+    def _forward(
+        self,
+        mode: ForwardMode,
+        batch_size: int,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+        spec_info: SpecInput,
+    ) -> torch.Tensor:
+        """The model over static tensors, past SGLang's runners, whose graphs know their own algorithms only."""
+        buffer = None if self._logits is None else self._logits[: input_ids.shape[0]]
+        forward_batch = ForwardBatch(
+            forward_mode=mode,
+            batch_size=batch_size,
+            input_ids=input_ids,
+            req_pool_indices=self._static.rows[:batch_size],
+            seq_lens=self._static.committed_lens[:batch_size],
+            out_cache_loc=out_cache_loc,
+            seq_lens_sum=0,
+            positions=positions,
+            spec_algorithm=self._model_runner.spec_algorithm,
+            spec_info=spec_info,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            next_token_logits_buffer=buffer,
+        )
+        with forward_context(ForwardContext(attn_backend=self._backend)):
+            output = self._model_runner.model.forward(input_ids, positions, forward_batch)
+        return output.next_token_logits
 
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
         """One dense pass over the current token and the drafts; every layer refreshes its selection on the way.
@@ -205,6 +260,36 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         chain = torch.cat([batch.spec_info.bonus_tokens.long()[:, None], drafts.tokens], dim=1)
         grammar_tree = GrammarTree.from_linear_chain(chain) if batch.has_grammar else None
+        run = self._verify_fused if self._can_fuse(plan) else self._verify_with_backend
+        output = run(batch, plan, chain)
+        grammar_mask = None
+        if grammar_tree is not None:
+            grammar_mask = build_grammar_vocab_mask(
+                reqs=batch.reqs,
+                tree=grammar_tree,
+                sampling_info=batch.sampling_info,
+                device=self.device,
+                barrier=None,
+            )
+        self._sampler.adjust(output.next_token_logits, batch.sampling_info, chain, plan.penalised, grammar_mask)
+        return output
+
+    def _can_fuse(self, plan: RoundPlan) -> bool:
+        fused = self._backend.fused
+        # requests that share a long prefix may have more tokens than the pool
+        return fused is not None and plan.max_total_len <= fused.num_columns
+
+    def _verify_fused(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
+        self._static.set_chain(chain, plan.batch_size)
+        if self.device == "cpu":
+            # a tighter bound than the context's, where nothing is captured
+            self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
+        logits = self._verify_forward(plan.batch_size)[: chain.numel()]
+        if not self._policy.needs_attention:
+            self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
+        return LogitsProcessorOutput(next_token_logits=logits)
+
+    def _verify_with_backend(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
         batch.out_cache_loc = plan.slots.flatten()
@@ -220,20 +305,9 @@ class SparseSpecWorker(BaseSpecWorker):
             capture_hidden_mode=CaptureHiddenMode.NULL,
             return_hidden_states_before_norm=False,
         )
-        output = self._target_worker.forward_batch_generation(
+        return self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
         ).logits_output
-        grammar_mask = None
-        if grammar_tree is not None:
-            grammar_mask = build_grammar_vocab_mask(
-                reqs=batch.reqs,
-                tree=grammar_tree,
-                sampling_info=batch.sampling_info,
-                device=self.device,
-                barrier=None,
-            )
-        self._sampler.adjust(output.next_token_logits, batch.sampling_info, chain, plan.penalised, grammar_mask)
-        return output
 
     def _commit(
         self,
@@ -284,11 +358,11 @@ class SparseSpecWorker(BaseSpecWorker):
 
     @property
     def graph_memory_usage(self) -> dict[str, float]:
-        return {}
+        return {forward.name: forward.memory_gb for forward in (self._draft_step, self._verify_forward)}
 
     @property
     def graph_time_usage(self) -> dict[str, float]:
-        return {}
+        return {forward.name: forward.capture_s for forward in (self._draft_step, self._verify_forward)}
 
     @property
     def weight_load_time(self) -> float:
@@ -311,6 +385,9 @@ class SparseSpecWorker(BaseSpecWorker):
             max_budget=self._max_budget,
             device=self.device,
         )
+        fused = None
+        if self.config.verify_attention == "fused":
+            fused = FusedVerify(runner, self._policy, self._store, num_columns=self.token_to_kv_pool_allocator.size)
         dense = TorchPagedAttnBackend(runner) if self.device == "cpu" else runner.attn_backend
         self._backend = SparseSpecAttnBackend(
             dense,
@@ -319,8 +396,10 @@ class SparseSpecWorker(BaseSpecWorker):
             self._store,
             num_queries=self.config.num_draft_tokens,
             timer=self._metrics.refresh,
+            fused=fused,
         )
         runner.attn_backend = self._backend
+        self._make_forwards()
         logger.info(
             "SPARSESPEC: k=%d, budget=max(%d, %.3g n), selection=%s over %s, selection state %.1f MiB",
             self.config.num_steps,
@@ -330,6 +409,29 @@ class SparseSpecWorker(BaseSpecWorker):
             "layers" if self._shares_heads else "KV heads",
             self._store.num_bytes / 2**20,
         )
+
+    def _make_forwards(self) -> None:
+        """Static tensors and the two forwards of a round over them."""
+        runner = self._model_runner
+        max_reqs = self.req_to_token_pool.size
+        batch_sizes = [size for size in self._server_args.sparsespec_batch_sizes if size <= max_reqs]
+        # until the last draft: since the selection was made, a verify (k + 1), the k drafts, and what blocks left out
+        self._tail = 2 * self.config.num_draft_tokens + self.config.block_size
+        self._static = StaticRound(
+            max_reqs=max_reqs,
+            num_draft_tokens=self.config.num_draft_tokens,
+            store=self._store,
+            tail=self._tail,
+            device=self.device,
+        )
+        self._logits: torch.Tensor | None = None
+        if batch_sizes and self.device != "cpu":
+            # shared by all graphs: logits of a step are read before the next one runs
+            shape = (max(batch_sizes) * self.config.num_draft_tokens, runner.model_config.vocab_size)
+            self._logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
+        self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
+        self._verify_forward = PaddedForward("verify", self._verify_body, batch_sizes)
 
     @property
     def _shares_heads(self) -> bool:
@@ -344,7 +446,12 @@ class SparseSpecWorker(BaseSpecWorker):
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
 
     def init_cuda_graphs(self) -> None:
-        """Rounds run eagerly for now."""
+        """Capture a draft step, and the verify where it is our own; on a CPU there is nothing to capture."""
+        if self.device == "cpu" or self._logits is None:
+            return
+        self._draft_step.capture()
+        if self._backend.fused is not None:
+            self._verify_forward.capture()
 
     def update_weights_from_tensor(self, recv_req: Any) -> Any:
         return self._target_worker.update_weights_from_tensor(recv_req)

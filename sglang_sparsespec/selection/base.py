@@ -68,8 +68,28 @@ class SelectionPolicy(ABC):
             kv_lens: as in `score`.
             max_len: as in `score`.
         """
+        return self._keep_best(self.score(attention, kv_lens, max_len), kv_lens, max_len)
+
+    def select_ragged(
+        self, attention: torch.Tensor, score_starts: torch.Tensor, kv_lens: torch.Tensor, max_len: int
+    ) -> Selection:
+        """The same for several layers at once, from attention that lies end to end; for policies whose score it is.
+
+        Args:
+            attention: [num_layers, num_kv_heads, num_columns], float32.
+            score_starts: [num_reqs], integer: where the requests' columns begin.
+            kv_lens: as in `score`.
+            max_len: as in `score`.
+
+        Returns:
+            With positions [num_layers, num_reqs, num_kv_heads or 1, max_budget].
+        """
+        return self._keep_best(attention, kv_lens, max_len, score_starts)
+
+    def _keep_best(
+        self, scores: torch.Tensor, kv_lens: torch.Tensor, max_len: int, score_starts: torch.Tensor | None = None
+    ) -> Selection:
         config = self.config
-        scores = self.score(attention, kv_lens, max_len)
         max_budget = self.max_budget(max_len)
         budgets = budget_tensor(kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget)
         positions, num_selected = select_positions(
@@ -82,6 +102,8 @@ class SelectionPolicy(ABC):
             pooling=self.pooling,
             granularity=config.block_size,
             share_heads=config.sharing == "layer",
+            score_starts=score_starts,
+            max_len=None if score_starts is None else max_len,
         )
         return Selection(positions, num_selected, kv_lens // config.block_size * config.block_size)
 

@@ -47,9 +47,14 @@ class SelectionStore:
 
     def write(self, layer: int, rows: torch.Tensor, selection: Selection) -> None:
         """Replace one layer's selection of the requests at `rows` ([num_reqs], int64)."""
+        self.write_layers(layer, rows, selection._replace(positions=selection.positions[None]))
+
+    def write_layers(self, first_layer: int, rows: torch.Tensor, selection: Selection) -> None:
+        """Replace the selections of some layers; positions are [num_layers, num_reqs, num_heads, max_budget]."""
         # made under a bound of the lengths that may pass the context limit; what lies beyond the store is padding
         width = min(selection.positions.shape[-1], self.positions.shape[-1])
-        self.positions[layer, rows, :, :width] = selection.positions[..., :width]
+        layers = slice(first_layer, first_layer + selection.positions.shape[0])
+        self.positions[layers, rows, :, :width] = selection.positions[..., :width]
         # the same for every layer of a refresh
         self.num_selected[rows] = selection.num_selected
         self.until[rows] = selection.until

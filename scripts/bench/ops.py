@@ -1,0 +1,302 @@
+"""What each kernel costs and what it could cost: times, bytes moved, and the share of the copy bandwidth.
+
+    python scripts/bench/ops.py --output ops.jsonl            # on a GPU host; tests of the ops run first, and gate it
+    python scripts/bench/ops.py --device cpu --no-gate        # the same code on small sizes, to see that it runs
+
+Every line is one layer's work. `share` is (bytes that have to be moved / time) over the bandwidth of a large copy in
+the same run. Bytes: of selected K and V for a draft step, of all K and V for a verify, of scores for a selection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "scripts" / "bench")]
+
+from provenance import provenance  # noqa: E402
+
+from sglang_sparsespec.ops.paged_attention import paged_attention  # noqa: E402
+from sglang_sparsespec.ops.score_capture import capture_scores  # noqa: E402
+from sglang_sparsespec.ops.select_positions import select_positions  # noqa: E402
+from sglang_sparsespec.ops.sparse_decode import sparse_decode  # noqa: E402
+
+NUM_DRAFT_TOKENS = 9
+
+
+class Shape(NamedTuple):
+    """Heads of one layer."""
+
+    name: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+SHAPES = [Shape("qwen3-8b", 32, 8, 128), Shape("qwen3-1.7b", 16, 8, 128), Shape("smollm2", 9, 3, 64)]
+
+
+class Pool(NamedTuple):
+    """KV of some requests of equal length at scattered slots, one token to a slot or whole blocks of neighbours."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    req_to_token: torch.Tensor
+    rows: torch.Tensor
+    lens: torch.Tensor
+    scale: float
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the whole context of all requests."""
+        num_tokens = int(self.lens.shape[0]) * self.req_to_token.shape[1]
+        return 2 * num_tokens * self.k.shape[1] * self.k.shape[2] * self.k.element_size()
+
+
+def make_pool(shape: Shape, batch: int, length: int, device: str) -> Pool:
+    """Slots of a request lie together in runs of 16, as an allocator leaves them after a while."""
+    width = -(-(length + NUM_DRAFT_TOKENS) // 16) * 16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    k, v = (
+        torch.randn(batch * width + 16, shape.num_kv_heads, shape.head_dim, device=device).to(dtype) for _ in range(2)
+    )
+    runs = torch.randperm(batch * width // 16, device=device)
+    slots = (runs[:, None] * 16 + torch.arange(16, device=device) + 16).view(batch, width)
+    return Pool(
+        k,
+        v,
+        slots.to(torch.int32),
+        torch.arange(batch, device=device),
+        torch.full((batch,), length, dtype=torch.int32, device=device),
+        shape.head_dim**-0.5,
+    )
+
+
+def median_ms(run: Callable[[], Any], device: str, repeats: int) -> float:
+    """Median of single runs after warm-up; on a GPU by events, with a large buffer cleared in between (L2)."""
+    for _ in range(3):
+        run()
+    if device == "cpu":
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            run()
+            times.append(1e3 * (time.perf_counter() - began))
+        return statistics.median(times)
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    spans = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        spans.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans)
+
+
+def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """As rounds run it: from a graph, so that launches cost nothing."""
+    if device == "cpu":
+        return run
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+Case = tuple[dict[str, Any], Callable[[], Any], int]
+"""What it is, the work, bytes."""
+
+
+def draft_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    pool = make_pool(shape, batch, length, device)
+    budget = max(192, length // 20)
+    q = torch.randn(batch, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
+    num_bytes = 2 * batch * budget * shape.num_kv_heads * shape.head_dim * pool.k.element_size()
+    for block, num_lists in ((1, 1), (1, shape.num_kv_heads), (4, 1), (8, 1), (16, 1)):
+        starts = torch.rand(batch, num_lists, length // block, device=device).argsort(-1)[..., : budget // block]
+        positions = (starts.sort(-1).values[..., None] * block + torch.arange(block, device=device)).flatten(2)
+        slots = torch.gather(pool.req_to_token[:, None].expand(-1, num_lists, -1), 2, positions).contiguous()
+        lens = torch.full((batch,), slots.shape[-1], dtype=torch.int32, device=device)
+
+        def run(slots: torch.Tensor = slots, lens: torch.Tensor = lens) -> torch.Tensor:
+            return sparse_decode(q, pool.k, pool.v, slots, lens, scale=pool.scale)
+
+        what = {"op": "sparse_decode", "block": block, "lists": "head" if num_lists > 1 else "layer", "budget": budget}
+        yield what, run, num_bytes
+        if device == "cuda":
+            yield {**what, "op": "flashinfer folded decode"}, flashinfer_decode(q, pool, slots, shape), num_bytes
+
+
+def flashinfer_decode(q: torch.Tensor, pool: Pool, slots: torch.Tensor, shape: Shape) -> Callable[[], Any]:
+    """FlashInfer's paged decode on the pool seen as [slots * H, 1, D]: KV heads folded into the batch."""
+    import flashinfer
+
+    batch, heads = q.shape[0], shape.num_kv_heads
+    group = shape.num_q_heads // heads
+    width = slots.shape[-1]
+    folded = slots.expand(-1, heads, -1).long() * heads + torch.arange(heads, device=q.device)[None, :, None]
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
+    wrapper.plan(
+        torch.arange(batch * heads + 1, dtype=torch.int32, device=q.device) * width,
+        folded.flatten().to(torch.int32),
+        torch.ones(batch * heads, dtype=torch.int32, device=q.device),
+        group,
+        1,
+        shape.head_dim,
+        1,
+        q_data_type=q.dtype,
+        kv_data_type=q.dtype,
+        sm_scale=pool.scale,
+    )
+    folded_q = q.view(batch * heads, group, shape.head_dim)
+    k, v = (cache.view(-1, 1, 1, shape.head_dim) for cache in (pool.k, pool.v))
+    return lambda: wrapper.run(folded_q, (k, v))
+
+
+def verify_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    pool = make_pool(shape, batch, length, device)
+    q = torch.randn(batch, NUM_DRAFT_TOKENS, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
+    num_queries = torch.full_like(pool.lens, NUM_DRAFT_TOKENS)
+    table = (pool.req_to_token, pool.rows, pool.lens, num_queries)
+    max_len = pool.req_to_token.shape[1]
+    scores = torch.empty(shape.num_kv_heads, batch * length, device=device)
+    starts = torch.arange(batch, device=device) * length
+    options: dict[str, Any] = {"scale": pool.scale, "max_len": max_len}
+    variants: list[tuple[str, Callable[[], Any]]] = [
+        ("verify", lambda: paged_attention(q, pool.k, pool.v, *table, **options)),
+        (
+            "verify, anchored scores",
+            lambda: paged_attention(q, pool.k, pool.v, *table, anchored_scores=scores, score_starts=starts, **options),
+        ),
+        ("verify, mean scores", lambda: paged_attention(q, pool.k, pool.v, *table, score_lens=pool.lens, **options)),
+        ("mean scores alone", lambda: capture_scores(q, pool.k, *table, pool.lens, **options)),
+    ]
+    if device == "cuda":
+        variants.append(("flashinfer verify", flashinfer_verify(q, pool, shape)))
+    for name, run in variants:
+        yield {"op": name}, run, pool.kv_bytes
+
+
+def flashinfer_verify(q: torch.Tensor, pool: Pool, shape: Shape) -> Callable[[], Any]:
+    import flashinfer
+
+    batch = pool.req_to_token.shape[0]
+    length = int(pool.lens[0]) + NUM_DRAFT_TOKENS
+    workspace = torch.empty(512 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    step = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+    wrapper.plan(
+        step * NUM_DRAFT_TOKENS,
+        step * length,
+        pool.req_to_token[:, :length].flatten().contiguous(),
+        torch.ones(batch, dtype=torch.int32, device=q.device),
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        1,
+        causal=True,
+        sm_scale=pool.scale,
+        q_data_type=q.dtype,
+        kv_data_type=q.dtype,
+    )
+    flat, k, v = q.flatten(0, 1), pool.k.unsqueeze(1), pool.v.unsqueeze(1)
+    return lambda: wrapper.run(flat, (k, v))
+
+
+def selection_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    """Four layers at once; time and bytes are of all four."""
+    num_layers = 4
+    scores = torch.rand(num_layers, shape.num_kv_heads, batch * length, device=device)
+    starts = torch.arange(batch, device=device) * length
+    lens = torch.full((batch,), length, dtype=torch.int32, device=device)
+    budgets = torch.full_like(lens, max(192, length // 20))
+    options: dict[str, Any] = {
+        "max_budget": max(192, length // 20),
+        "sink": 4,
+        "recent_window": 32,
+        "pooling": 8,
+        "granularity": 1,
+        "share_heads": True,
+    }
+
+    def with_torch() -> Any:
+        return select_positions(scores, lens, budgets, score_starts=starts, max_len=length, **options)
+
+    yield {"op": "select_positions, torch", "layers": num_layers}, with_torch, scores.numel() * 4
+    if device == "cuda":
+        from sglang_sparsespec.ops.select_positions.triton_impl import select_positions_triton
+
+        yield (
+            {"op": "select_positions, triton", "layers": num_layers},
+            lambda: select_positions_triton(scores, lens, budgets, starts, max_len=length, **options),
+            scores.numel() * 4,
+        )
+
+
+def copy_gb_s(device: str) -> float:
+    """Bytes read and written by a large copy, per second."""
+    source = torch.empty((4 << 30) if device == "cuda" else (64 << 20), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_ms(lambda: target.copy_(source), device, 10) / 1e6
+
+
+GROUPS = {"draft": draft_cases, "verify": verify_cases, "selection": selection_cases}
+SIZES = {
+    "draft": [(128, 4096), (128, 8192), (128, 16384), (32, 8192), (8, 8192), (1, 8192)],
+    "verify": [(32, 4096), (128, 4096), (64, 8192), (32, 32768), (128, 16384), (8, 8192)],
+    "selection": [(128, 3072), (64, 8192), (24, 16384)],
+}
+SMALL_SIZES = {"draft": [(2, 256)], "verify": [(2, 256)], "selection": [(2, 256)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--shape", nargs="+", choices=[shape.name for shape in SHAPES], default=["qwen3-8b"])
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-gate", action="store_true", help="do not run the ops' tests first")
+    parser.add_argument("--output", type=Path, help="JSON lines, one per row")
+    args = parser.parse_args()
+    if not args.no_gate:
+        gate = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(ROOT / "tests" / "ops")], check=False)
+        if gate.returncode:
+            sys.exit("the ops' tests are red: no number is printed. Their output is above.")
+    bandwidth = copy_gb_s(args.device)
+    origin = {**provenance(), "copy_gb_s": round(bandwidth, 1)}
+    print(f"copy: {bandwidth:.0f} GB/s\n\n| shape | batch | tokens | op | ms | GB/s | share |")
+    print("|---|---|---|---|---|---|---|")
+    for shape in (shape for shape in SHAPES if shape.name in args.shape):
+        for group in args.group:
+            for batch, length in (SMALL_SIZES if args.device == "cpu" else SIZES)[group]:
+                for what, run, num_bytes in GROUPS[group](shape, batch, length, args.device):
+                    milliseconds = median_ms(captured(run, args.device), args.device, args.repeats)
+                    gb_s = num_bytes / milliseconds / 1e6
+                    name = ", ".join(str(v) if k == "op" else f"{k} {v}" for k, v in what.items())
+                    cells = (shape.name, batch, length, name, f"{milliseconds:.4f}", f"{gb_s:.0f}")
+                    print("| " + " | ".join(map(str, cells)) + f" | {gb_s / bandwidth:.2f} |", flush=True)
+                    if args.output:
+                        row = {"shape": shape.name, "batch": batch, "tokens": length, **what, "ms": milliseconds}
+                        with args.output.open("a") as file:
+                            file.write(json.dumps({**row, "gb_s": gb_s, **origin}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

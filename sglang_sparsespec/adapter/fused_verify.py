@@ -1,0 +1,113 @@
+"""Verify attention of our own: one pass that attends and scores, and one selection for several layers.
+
+The kernel reads K once; the scores are anchored (`ops.paged_attention`), so no second pass follows. Scores of a few
+layers wait in a buffer until one launch selects for all of them. Nothing here depends on lengths that the host knows,
+so a verify can be captured.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_sparsespec.ops.paged_attention import paged_attention
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_sparsespec.selection import SelectionPolicy
+    from sglang_sparsespec.selection.store import SelectionStore
+
+# bytes of scores that wait for a selection; a multiple of what one layer needs, at most this
+_SCORE_BYTES = 128 << 20
+
+
+class FusedPlan(NamedTuple):
+    """Whose tokens one verify runs over. All tensors may be padded: padding has no queries."""
+
+    rows: torch.Tensor
+    """[num_reqs], int64, page-table rows."""
+    committed_lens: torch.Tensor
+    """[num_reqs], int32; the first query stands there, and positions from there on are not selectable."""
+    num_queries: torch.Tensor
+    """[num_reqs], int32; k + 1, or 0 in padding."""
+    width: int
+    """k + 1."""
+    max_len: int
+    """Bound of all positions, known to the host."""
+
+
+class FusedVerify:
+    """Attends, scores and selects, layer by layer.
+
+    Args:
+        model_runner: of the served model; pools must exist.
+        policy: of PillarAttn's kind, which scores by the attention of all verify queries.
+        store: where selections go.
+        num_columns: capacity of the score buffer: committed tokens of a round, summed over its requests.
+    """
+
+    def __init__(
+        self, model_runner: ModelRunner, policy: SelectionPolicy, store: SelectionStore, num_columns: int
+    ) -> None:
+        self.num_columns = num_columns
+        self._policy = policy
+        self._store = store
+        self._req_to_token = model_runner.req_to_token_pool.req_to_token
+        self._kv_pool = model_runner.token_to_kv_pool
+        self._num_layers = store.positions.shape[0]
+        num_heads = self._kv_pool.head_num
+        layers = min(self._num_layers, max(1, _SCORE_BYTES // (4 * num_heads * max(1, num_columns))))
+        # [layers that wait, KV heads, columns]
+        self._scores = torch.zeros(layers, num_heads, num_columns, device=store.positions.device)
+        self._plan: FusedPlan | None = None
+        self._score_starts = torch.empty(0)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._scores.numel() * self._scores.element_size()
+
+    def begin(self, plan: FusedPlan) -> None:
+        """Before the first layer of a verify."""
+        self._plan = plan
+        lens = plan.committed_lens.long()
+        self._score_starts = lens.cumsum(0) - lens
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, out_cache_loc: torch.Tensor
+    ) -> torch.Tensor:
+        """One layer's attention, flat; writes its KV and, with the last layer that waits, the selections."""
+        plan = self._plan
+        assert plan is not None, "a verify before it was planned"
+        self._kv_pool.set_kv_buffer(layer, KVWriteLoc(out_cache_loc, None), k, v)
+        waiting = layer.layer_id % self._scores.shape[0]
+        scores = self._scores[waiting] if self._policy.needs_attention else None
+        out, _ = paged_attention(
+            q.view(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim),
+            self._kv_pool.get_key_buffer(layer.layer_id),
+            self._kv_pool.get_value_buffer(layer.layer_id),
+            self._req_to_token,
+            plan.rows,
+            plan.committed_lens,
+            plan.num_queries,
+            scale=layer.scaling,
+            max_len=plan.max_len,
+            anchored_scores=scores,
+            score_starts=None if scores is None else self._score_starts,
+            logit_cap=layer.logit_cap,
+        )
+        is_last = layer.layer_id == self._num_layers - 1
+        if scores is not None and (is_last or waiting == self._scores.shape[0] - 1):
+            self._select(layer.layer_id - waiting, waiting + 1)
+        return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _select(self, first_layer: int, num_layers: int) -> None:
+        plan = self._plan
+        assert plan is not None
+        selection = self._policy.select_ragged(
+            self._scores[:num_layers], self._score_starts, plan.committed_lens, plan.max_len
+        )
+        self._store.write_layers(first_layer, plan.rows, selection)

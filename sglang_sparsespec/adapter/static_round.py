@@ -1,0 +1,107 @@
+"""The tensors of a round at addresses that do not change, so that a captured forward finds them again.
+
+Invariant: rows past the round's requests are padding (page-table row 0, length 0, slot 0, which SGLang keeps for
+that), and what padding computes reaches nothing that is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_sparsespec.selection.store import DraftKV
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.selection.store import SelectionStore
+
+
+class StaticRound:
+    """Inputs of draft steps and of a verify, for up to `max_reqs` requests.
+
+    Args:
+        max_reqs: most requests of a round, padding included.
+        num_draft_tokens: k + 1.
+        store: whose selections the drafts read.
+        tail: most positions between a selection and the last draft.
+        device: of everything.
+    """
+
+    def __init__(
+        self, *, max_reqs: int, num_draft_tokens: int, store: SelectionStore, tail: int, device: torch.device | str
+    ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.max_reqs = max_reqs
+        self.rows = zeros(max_reqs)
+        """Page-table rows."""
+        self.committed_lens = zeros(max_reqs, dtype=torch.int32)
+        self.num_queries = zeros(max_reqs, dtype=torch.int32)
+        """Tokens that a request verifies: k + 1, or 0 in padding."""
+        self.positions = zeros(max_reqs, num_draft_tokens)
+        self.slots = zeros(max_reqs, num_draft_tokens)
+        self.chain = zeros(max_reqs, num_draft_tokens)
+        """The current token and the drafts."""
+        # of one draft step; kernels read all three as dense arrays
+        self.step_tokens = zeros(max_reqs)
+        self.step_positions = zeros(max_reqs)
+        self.step_slots = zeros(max_reqs)
+        num_layers, _, num_heads, max_budget = store.positions.shape
+        self._draft_slots = zeros(num_layers, max_reqs, num_heads, max_budget + tail, dtype=torch.int32)
+        self._draft_lens = zeros(max_reqs, dtype=torch.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values() if torch.is_tensor(tensor))
+
+    def load(
+        self,
+        rows: torch.Tensor,
+        committed_lens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        draft_kv: DraftKV,
+        batch_size: int,
+    ) -> None:
+        """Take a round in and pad it to `batch_size`.
+
+        Args:
+            rows: [num_reqs], int64.
+            committed_lens: [num_reqs], integer.
+            positions: [num_reqs, k + 1], int64.
+            slots: [num_reqs, k + 1], int64.
+            draft_kv: what the drafts read.
+            batch_size: at least num_reqs.
+        """
+        num_reqs = rows.shape[0]
+        pairs = (
+            (self.rows, rows),
+            (self.committed_lens, committed_lens),
+            (self.positions, positions),
+            (self.slots, slots),
+            (self._draft_lens, draft_kv.lens),
+        )
+        for target, value in pairs:
+            target[:num_reqs].copy_(value)
+            target[num_reqs:batch_size].zero_()
+        self.num_queries[:num_reqs].fill_(positions.shape[1])
+        self.num_queries[num_reqs:batch_size].zero_()
+        width = draft_kv.slots.shape[-1]
+        self._draft_slots[:, :num_reqs, :, :width].copy_(draft_kv.slots)
+
+    def draft_kv(self, batch_size: int) -> DraftKV:
+        """What draft steps of `batch_size` rows read; `lens` counts the step's own token once it has begun."""
+        return DraftKV(self._draft_slots[:, :batch_size], self._draft_lens[:batch_size])
+
+    def begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
+        """Feed one token per request ([num_reqs], int64) at position n + step."""
+        self.step_tokens[: tokens.shape[0]].copy_(tokens)
+        self.step_positions[:batch_size].copy_(self.positions[:batch_size, step])
+        self.step_slots[:batch_size].copy_(self.slots[:batch_size, step])
+        self._draft_lens[:batch_size].add_(1)
+
+    def set_chain(self, chain: torch.Tensor, batch_size: int) -> None:
+        """[num_reqs, k + 1], int64: what the verify runs over."""
+        self.chain[: chain.shape[0]].copy_(chain)
+        self.chain[chain.shape[0] : batch_size].zero_()
