@@ -1,4 +1,4 @@
-"""Where requests are checked before they reach the scheduler, so that a refusal is an HTTP 400 and nothing more."""
+"""Requests at their two ends: checked before they reach the scheduler (HTTP 400), and where their output stops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from sglang_sparsespec.patches.ledger import Patch
 from sglang_sparsespec.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sglang.srt.managers.io_struct import GenerateReqInput
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
 
 
@@ -46,7 +49,45 @@ def refuse_what_is_not_exact(manager: TokenizerManager, obj: GenerateReqInput, i
         )
 
 
+def judge_tokens_in_order(update_finish_state: Callable[[Req, int], None], req: Req, new_accepted_len: int = 1) -> None:
+    """AROUND hook: where the rules could disagree, judge a round's tokens one by one, as plain decoding does.
+
+    Token stops are found in order by the host itself, so most rounds are judged in one go.
+    """
+    num_outputs = len(req.output_ids)
+    reaches_limit = num_outputs >= req.sampling_params.max_new_tokens
+    has_strings = req.sampling_params.stop_strs or req.sampling_params.stop_regex_strs
+    if new_accepted_len <= 1 or req.finished() or req.to_finish or not (reaches_limit or has_strings):
+        update_finish_state(req, new_accepted_len)
+        return
+    grammar = req.grammar
+    tokens = req.output_ids[num_outputs - new_accepted_len :]
+    del req.output_ids[num_outputs - new_accepted_len :]
+    try:
+        for i, token in enumerate(tokens):
+            req.output_ids.append(token)
+            # the grammar has already seen the whole round
+            req.grammar = grammar if i == new_accepted_len - 1 else None
+            update_finish_state(req, 1)
+            if req.finished():
+                return
+    finally:
+        req.grammar = grammar
+        req.output_ids.extend(tokens[len(req.output_ids) - num_outputs + new_accepted_len :])
+
+
 PATCHES = (
+    Patch(
+        target="sglang.srt.managers.schedule_batch.Req.update_finish_state",
+        why="In a round that reaches max_new_tokens SGLang looks at nothing else, so that an EOS or a stop string some "
+        "tokens earlier goes unseen; and a stop string hides an EOS before it. Both put text after the end.",
+        how="In those rounds the tokens are judged one by one; the other rounds go through unchanged.",
+        upstream="Not reported yet; every speculative algorithm of SGLang is affected.",
+        remove_when="Req.update_finish_state applies its rules in token order.",
+        scope="sparsespec",
+        kind="around",
+        replacement=judge_tokens_in_order,
+    ),
     Patch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         why="SGLang's speculative verify skips custom logit processors without telling the client.",

@@ -174,6 +174,20 @@ def test_eos_inside_a_draft(server: Server, parity_record: ParityRecord) -> None
     assert_greedy_parity(parity_record.eos, concurrently(server, payloads))
 
 
+def test_eos_in_the_round_that_reaches_the_limit(server: Server, parity_record: ParityRecord) -> None:
+    """SGLang alone looks no further than the limit then: tokens behind the EOS reach the client."""
+    ended = [e for e in parity_record.eos if e.response["meta_info"]["finish_reason"]["type"] == "stop"]
+    exchanges = ended * 3
+    extra = [1 + i // len(ended) for i in range(len(exchanges))]
+    payloads = [
+        greedy(e.payload["input_ids"], len(e.response["output_ids"]) + n, ignore_eos=False)
+        for e, n in zip(exchanges, extra, strict=True)
+    ]
+    outputs = concurrently(server, payloads)
+    assert_greedy_parity(exchanges, outputs)
+    assert all(output["meta_info"]["finish_reason"]["type"] == "stop" for output in outputs)
+
+
 def test_stop_strings_inside_a_draft(server: Server, parity_record: ParityRecord) -> None:
     """Text behind a stop string that a round accepted in one go, or a stop string that spans two rounds and is lost."""
     assert len(parity_record.stop) >= 10
