@@ -30,6 +30,7 @@ OTHER_VALUES: dict[str, Any] = {
     "granularity": "4",
     "sharing": "head",
     "draft_sampling": "greedy",
+    "verify_attention": "fused",
     "schedule": "lockstep",
 }
 

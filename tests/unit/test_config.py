@@ -30,6 +30,7 @@ VALID: list[tuple[str, Any]] = [
     *(("granularity", choice) for choice in cfg.GRANULARITIES),
     *(("sharing", choice) for choice in cfg.SHARINGS),
     *(("draft_sampling", choice) for choice in cfg.DRAFT_SAMPLINGS),
+    *(("verify_attention", choice) for choice in cfg.VERIFY_ATTENTIONS),
     *(("schedule", choice) for choice in cfg.SCHEDULES),
 ]
 
@@ -63,6 +64,7 @@ INVALID: list[tuple[str, Any, str]] = [
     ("granularity", 4, "--sparsespec-granularity"),
     ("sharing", "none", "--sparsespec-sharing"),
     ("draft_sampling", None, "--sparsespec-draft-sampling"),
+    ("verify_attention", "auto", "--sparsespec-verify-attention"),
     ("schedule", "unified", "--sparsespec-schedule"),
 ]
 
