@@ -18,6 +18,7 @@ SERVER_BYTES = 6 << 30
 """A GPU server beside weights and KV: its CUDA context, graphs and workspaces. Seen on an H100: 3 to 5 GiB."""
 START_S = {True: 60.0, False: 40.0}
 """Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
+SPARE_REQUESTS = 4
 # only for predictions: a card that nobody measured, and a CPU, where the gap of 25 ms a step rules
 UNKNOWN_GPU = Roofline(1.5e12, 3e14)
 CPU = Roofline(1e10, 2e10)
@@ -46,7 +47,8 @@ def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
         "--max-total-tokens",
         str(max(tokens, gate_tokens)),
         "--max-running-requests",
-        str(max(scene.batch for scene in job.scenes)),
+        # at its limit SGLang counts a request in chunked prefill twice: the last of a batch would wait for the first
+        str(max(scene.batch for scene in job.scenes) + SPARE_REQUESTS),
         # often enough for a median within a steady state
         "--decode-log-interval",
         "16",

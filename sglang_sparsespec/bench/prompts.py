@@ -39,7 +39,7 @@ def texts() -> list[str]:
 def token_prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int], seed: int = 0) -> list[list[int]]:
     """One prompt of each length, in tokens: code and prose in turn, each from a place of its own."""
     rng = random.Random(seed)
-    encoded = [tokenizer(text)["input_ids"] for text in texts()]
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts()]
     prompts = []
     for i, length in enumerate(lengths):
         # a text shorter than the prompt goes on with the next one
