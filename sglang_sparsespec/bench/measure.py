@@ -82,7 +82,7 @@ def measure(server: Server, source: PromptSource, scene: Scene, seed: int) -> di
 
 def summarise(traces: Sequence[window.Trace], loads: Sequence[Load], scene: Scene) -> dict[str, Any]:
     """Everything that follows from the traces of one turn. Milliseconds, tokens, tokens per second."""
-    begin, end = window.steady_state(traces, scene.batch)
+    begin, end = window.steady_state(traces, scene.batch, is_full=scene.ignore_eos)
     [whole] = window.slices(traces, begin, end)
     parts = window.slices(traces, begin, end, scene.num_slices)
     per_token, per_chunk = window.gaps(traces, begin, end)

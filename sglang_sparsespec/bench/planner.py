@@ -40,12 +40,10 @@ class Turn:
 
 def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
     """Server arguments that every contender of a job shares: pools, batch, streaming."""
-    tokens = max(scene.pool_tokens for scene in job.scenes)
-    gate_tokens = NUM_PROMPTS * (LONGEST + NEW_TOKENS + RESERVE_TOKENS)
     args = [
         *job.target.server_args,
         "--max-total-tokens",
-        str(max(tokens, gate_tokens)),
+        str(pool_tokens(job, machine)),
         "--max-running-requests",
         # at its limit SGLang counts a request in chunked prefill twice: the last of a batch would wait for the first
         str(max(scene.batch for scene in job.scenes) + SPARE_REQUESTS),
@@ -65,10 +63,25 @@ def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
     return tuple(args)
 
 
+def pool_tokens(job: Job, machine: Machine) -> int:
+    """KV tokens of a server. Scenes of fixed lengths get all that they fill; one whose answers end by themselves gets
+    what there is, at most."""
+    fixed = max((scene.pool_tokens for scene in job.scenes if scene.ignore_eos), default=0)
+    gate_tokens = NUM_PROMPTS * (LONGEST + NEW_TOKENS + RESERVE_TOKENS)
+    open_ended = max((scene.pool_tokens for scene in job.scenes if not scene.ignore_eos), default=0)
+    return max(fixed, gate_tokens, min(open_ended, room_tokens(job.target, machine)))
+
+
+def room_tokens(target: Target, machine: Machine) -> int:
+    """KV tokens that fit beside the weights: on a card all of it, on a CPU a quarter of the memory for each of two."""
+    room = 0.85 * machine.memory_bytes - SERVER_BYTES if machine.has_gpu else 0.25 * machine.memory_bytes
+    return max(0, int((room - target.weights_bytes) / target.kv_bytes_per_token))
+
+
 def side_by_side(job: Job, machine: Machine) -> bool:
     """Whether two servers of this job fit here at a time; a CPU runs two, of a model that leaves room for it."""
-    tokens = max(scene.pool_tokens for scene in job.scenes)
-    server = job.target.weights_bytes + tokens * job.target.kv_bytes_per_token + SERVER_BYTES
+    server = job.target.weights_bytes + pool_tokens(job, machine) * job.target.kv_bytes_per_token
+    server += SERVER_BYTES if machine.has_gpu else 0
     return 2 * server < 0.9 * machine.memory_bytes
 
 

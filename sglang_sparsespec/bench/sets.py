@@ -217,7 +217,9 @@ def _fitting(machine: Machine, jobs: list[Job], skips: list[Skip]) -> Plan:
     for job in jobs:
         scenes = []
         for scene in job.scenes:
-            needed = job.target.weights_bytes + scene.pool_tokens * job.target.kv_bytes_per_token
+            # answers that end by themselves share what pool there is; one of full length must fit
+            tokens = scene.pool_tokens if scene.ignore_eos else scene.pool_tokens // scene.batch
+            needed = job.target.weights_bytes + tokens * job.target.kv_bytes_per_token
             if scene.prompt_tokens + scene.new_tokens > job.target.shape.context:
                 skips.append(Skip(f"{job.target.name}: {scene}", f"its context is {job.target.shape.context} tokens"))
             elif needed > 0.95 * machine.memory_bytes:

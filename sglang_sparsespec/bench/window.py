@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 WARMUP_SHARE = 0.05
 """Of the time in which the batch is full."""
+PEAK_SHARE = 0.9
+"""Of the most requests that ever decoded together: where the server decides how many that are, it is full from here."""
 
 
 class NoSteadyStateError(RuntimeError):
@@ -74,8 +76,14 @@ class Slice:
         return 1e3 * self.seconds * self.running * accept_length / self.tokens
 
 
-def steady_state(traces: Sequence[Trace], batch: int, *, warmup_share: float = WARMUP_SHARE) -> tuple[float, float]:
-    """(begin, end) of the time in which `batch` requests decode and warm-up is over.
+def steady_state(
+    traces: Sequence[Trace], batch: int, *, is_full: bool = True, warmup_share: float = WARMUP_SHARE
+) -> tuple[float, float]:
+    """(begin, end) of the time in which the batch decodes and warm-up is over.
+
+    Args:
+        is_full: the batch is `batch` requests. Else it is as many as the server's pool admits, at most `batch`: answers
+            that end by themselves have no length that a pool could be made for.
 
     Raises:
         NoSteadyStateError: if there is none.
@@ -84,6 +92,9 @@ def steady_state(traces: Sequence[Trace], batch: int, *, warmup_share: float = W
         raise NoSteadyStateError("a response had no tokens")
     events = sorted([(trace.first, 1) for trace in traces] + [(trace.end, -1) for trace in traces])
     last_sent = max(trace.sent for trace in traces)
+    if not is_full:
+        peak = max(itertools.accumulate(change for _, change in events))
+        batch = max(1, min(batch, math.ceil(PEAK_SHARE * peak)))
     running, begin, end = 0, None, None
     for time, change in events:
         running += change
@@ -98,10 +109,7 @@ def steady_state(traces: Sequence[Trace], batch: int, *, warmup_share: float = W
     if begin is None:
         raise NoSteadyStateError(f"never {batch} requests decoded at the same time")
     assert end is not None, "every request ends"
-    begin += warmup_share * (end - begin)
-    if end <= begin:
-        raise NoSteadyStateError(f"{batch} requests decoded together for no time at all")
-    return begin, end
+    return begin + warmup_share * (end - begin), end
 
 
 def slices(traces: Sequence[Trace], begin: float, end: float, count: int = 1) -> list[Slice]:
