@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sglang_sparsespec.bench import contenders as who
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
-from sglang_sparsespec.bench.workloads import WORKLOADS
+from sglang_sparsespec.bench.workloads import FILE_PROMPT_TOKENS, WORKLOADS
 from sglang_sparsespec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -143,10 +143,11 @@ def workload(name: str, machine: Machine, request: Request) -> Plan:
         return Plan((), (Skip("real model", NO_MODEL),))
     members, skips = _rivals(machine, request, ("pillar", "window"), real=True)
     batch = request.batch or preset.batch
-    room = request.model.shape.context - preset.prompt_tokens - 16
+    prompt_tokens = FILE_PROMPT_TOKENS if request.prompts else preset.prompt_tokens
+    room = request.model.shape.context - prompt_tokens - 16
     scene = Scene(
         batch,
-        preset.prompt_tokens,
+        prompt_tokens,
         min(request.new_tokens or preset.new_tokens, room),
         temperature=preset.temperature,
         top_p=preset.top_p,

@@ -15,11 +15,13 @@ class Workload:
     top_k: int
     batch: int
     prompt_tokens: int
-    """Of the default prompts; of a file's prompts at most this many, counted from their end."""
+    """Of the default prompts. A file's have their own length, up to FILE_PROMPT_TOKENS."""
     new_tokens: int
     """At most, and never past the context."""
 
 
+FILE_PROMPT_TOKENS = 1024
+"""A longer prompt of a file loses its beginning."""
 WORKLOADS = {
     "paper": Workload(
         "SparseSpec, arXiv:2512.01278: reasoning problems of 124 to 148 tokens, answers up to 17K",

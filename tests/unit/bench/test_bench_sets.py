@@ -114,6 +114,7 @@ def test_workloads_are_the_papers(laptop: Machine, request_: Request) -> None:
     assert scene.sampling == {"temperature": 0.6, "max_new_tokens": scene.new_tokens, "top_p": 0.95, "top_k": 20}
     assert scene.prompt_tokens + scene.new_tokens <= 8192
     assert scene.prompts == "p.jsonl"
+    assert scene.prompt_tokens == 1024
     [job] = sets.workload("paper", laptop, dataclasses.replace(request_, batch=4, new_tokens=32, requests=9)).jobs
     [scene] = job.scenes
     assert (scene.temperature, scene.batch, scene.new_tokens, scene.requests) == (0.65, 4, 32, 9)
