@@ -14,6 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT_VARIABLE = "SPARSESPEC_COMMIT"
 COMMIT_FILE = "COMMIT"
+PACKAGE = "sglang_sparsespec"
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "transformers", "sglang-sparsespec")
 
 
@@ -30,8 +31,19 @@ def provenance(*, use_gpu: bool = True) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
     }
+
+
+def command(argv: list[str]) -> str:
+    """The command line as someone else would type it: a module's file as `-m`, a script below the checkout's root."""
+    script = Path(argv[0])
+    if script.name == "__main__.py" and PACKAGE in script.parts:
+        start = len(script.parts) - 1 - script.parts[::-1].index(PACKAGE)
+        return " ".join(["python", "-m", ".".join(script.parts[start:-1]), *argv[1:]])
+    if script.is_absolute() and script.is_relative_to(ROOT):
+        script = script.relative_to(ROOT)
+    return " ".join(["python", str(script), *argv[1:]])
 
 
 def version(package: str) -> str:

@@ -76,7 +76,7 @@ def _gates(records: Sequence[Record]) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for gate in gates:
         verdict = "green" if gate["ok"] else "**RED**"
-        weights = "real weights" if gate["has_weights"] else "random weights, simulation off"
+        weights = "its own weights" if gate["has_weights"] else "random weights, simulation off"
         counts = f"{gate['identical']} of {gate['requests']} | {gate['near-tie']} | {gate['diverged']}"
         lines.append(
             f"| {gate['contender']} | {gate['target']}, {weights} | {verdict} | {counts} | "
@@ -101,7 +101,7 @@ def _tables(found: Sequence[Row]) -> list[str]:
         groups.setdefault((row.target, scene_title(row.scene)), []).append(row)
     for (target, title), members in groups.items():
         simulated = {row.acceptance for row in members} - {"", "real"}
-        note = "acceptance **simulated**, random weights" if simulated else "acceptance real"
+        note = "Acceptance **simulated**, random weights" if simulated else "Acceptance as the model gives it"
         lines += [f"## {target}: {title}", "", f"{note}.", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in members]

@@ -211,6 +211,14 @@ def test_commit_of_a_copy_without_git(tmp_path: Path, monkeypatch: pytest.Monkey
     assert provenance.commit(tmp_path) == "def5678"
 
 
+def test_command_is_one_that_others_can_type() -> None:
+    """Python puts the file's path on this machine in the place of `-m package`."""
+    argv = ["/home/me/sglang_sparsespec/sglang_sparsespec/bench/__main__.py", "core", "--repeats", "3"]
+    assert provenance.command(argv) == "python -m sglang_sparsespec.bench core --repeats 3"
+    script = str(provenance.ROOT / "scripts" / "bench" / "parity.py")
+    assert provenance.command([script, "--model", "M"]) == "python scripts/bench/parity.py --model M"
+
+
 def test_shapes_are_served_from_a_folder(tmp_path: Path) -> None:
     """What SGLang gets for `--load-format dummy`, and what the cost model reads, are the same file."""
     for name, config in SHAPES.items():

@@ -108,7 +108,7 @@ def test_page_names_simulation_skips_failures_and_provenance(
     failure = {**records[1], "key": "f", "record": "failure", "reason": "the server died\nlog"}
     page = markdown([*records, failure], [Skip("eagle3", "no draft")], ["a.png"])
     for text in (
-        "acceptance **simulated**",
+        "Acceptance **simulated**",
         "simulated, 7.16",
         "* eagle3: no draft",
         "the server died",
