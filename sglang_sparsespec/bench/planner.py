@@ -19,6 +19,8 @@ SERVER_BYTES = 6 << 30
 START_S = {True: 60.0, False: 40.0}
 """Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
 SPARE_REQUESTS = 4
+TINY_PARAMS = 10_000_000
+SIMULATION = ("SGLANG_SIMULATE_ACC_LEN", "SGLANG_SIMULATE_ACC_METHOD")
 # only for predictions: a card that nobody measured, and a CPU, where the gap of 25 ms a step rules
 UNKNOWN_GPU = Roofline(1.5e12, 3e14)
 CPU = Roofline(1e10, 2e10)
@@ -122,6 +124,46 @@ def needs_gate(job: Job, contender: Contender) -> bool:
 
 def is_simulated(target: Target, contender: Contender) -> bool:
     return not target.has_weights and not contender.is_plain
+
+
+def environment(
+    target: Target, contender: Contender, machine: Machine, *, simulate: bool = True
+) -> dict[str, str | None]:
+    """Variables of a server; None removes one."""
+    # a simulation that the caller's shell left on would pass for real acceptance
+    env: dict[str, str | None] = dict.fromkeys(SIMULATION)
+    if simulate and is_simulated(target, contender):
+        # the host's default rounds a normal deviate, whose mean is another one at the ends
+        env |= dict(zip(SIMULATION, (str(contender.simulated_accept_length), "match-expected"), strict=True))
+    if not machine.has_gpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        if target.shape.stored_params < TINY_PARAMS:
+            # threads that wait for each other cost a tiny model more than they save
+            env["OMP_NUM_THREADS"] = "1"
+    return env
+
+
+def describe(turn: Turn) -> dict[str, Any]:
+    """A turn as the first part of its record."""
+    target, contender = turn.job.target, turn.contender
+    simulated = contender.simulated_accept_length if is_simulated(target, contender) else None
+    return {
+        "key": turn.key,
+        "target": target.name,
+        "dtype": target.dtype,
+        "shape": vars(target.shape),
+        "acceptance": "simulated" if simulated else "none" if contender.is_plain else "real",
+        "simulated_accept_length": simulated,
+        "contender": contender.name,
+        "label": contender.label,
+        "contender_args": list(contender.args),
+        "is_baseline": contender is turn.job.contenders[0],
+        "baseline": turn.job.contenders[0].name,
+        "gate_on": turn.job.gate_on,
+        "scene": vars(turn.scene),
+        "pair": turn.pair,
+        "repeat": turn.repeat,
+    }
 
 
 def num_starts(job: Job, machine: Machine) -> int:

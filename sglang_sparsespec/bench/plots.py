@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec.bench.model_check import ModelCheck, check_all
@@ -111,14 +112,26 @@ def speedup_by_fill(row: Row, found: Sequence[Row]) -> list[tuple[float, float]]
         return []
     if row.scene["num_slices"] == 1:
         return [(row.medians["pool_tokens"] or 0.0, row.ratio)]
-    plain = sorted(_points(baseline))
+    pair = row.turns[0]["pair"]
+    plain = sorted(_points([turn for turn in baseline.turns if turn["pair"] == pair]))
+    if not plain:
+        return []
     return [
-        (fill, speed / _interpolate(plain, fill)) for fill, speed in _points(row) if plain[0][0] <= fill <= plain[-1][0]
+        (fill, speed / _interpolate(plain, fill))
+        for fill, speed in _points(row.turns)
+        if plain[0][0] <= fill <= plain[-1][0]
     ]
 
 
-def _points(row: Row) -> list[tuple[float, float]]:
-    return [(part["pool_tokens"], part["tokens_per_s"]) for turn in row.turns for part in turn["result"]["slices"]]
+def _points(turns: Sequence[Record]) -> list[tuple[float, float]]:
+    """(pool tokens, tokens/s) of each slice in order, medians over the turns."""
+    return [
+        (
+            statistics.median(part["pool_tokens"] for part in parts),
+            statistics.median(part["tokens_per_s"] for part in parts),
+        )
+        for parts in zip(*(turn["result"]["slices"] for turn in turns), strict=False)
+    ]
 
 
 def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:

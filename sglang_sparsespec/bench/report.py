@@ -31,6 +31,8 @@ COLUMNS = (
     "turns",
 )
 
+QUIET_LOAD = 1.3
+"""Processes that want a core, per core: two servers of our own on two cores stay below."""
 MODEL_COLUMNS = (
     *("cell", "W", "A", "k W", "k s A/u", "k o", "V", "verify A", "c A", "extra", "model", "measured"),
     *("speed-up: model", "speed-up: measured", "off"),
@@ -46,6 +48,9 @@ def markdown(records: Sequence[Record], skips: Iterable[Skip] = (), plots: Seque
     lines = [f"# Benchmark: set {kept[-1]['set']}", "", *_provenance(kept[-1]["provenance"]), ""]
     if others:
         lines += [f"{others} records of other commits, versions or machines are in the file and not on this page.", ""]
+    busiest = max((turn["result"].get("load_before") or 0.0 for row in found for turn in row.turns), default=0.0)
+    if busiest > QUIET_LOAD:
+        lines += [f"**The machine was not quiet**: up to {busiest:.1f} processes per core wanted to run.", ""]
     lines += [*_gates(kept), "", *_tables(found)]
     machine = kept[-1]["provenance"]["machine"]
     checks, notes = check_all(found, machine)

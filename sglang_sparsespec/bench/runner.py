@@ -18,6 +18,8 @@ from sglang_sparsespec.bench.measure import PromptSource, measure, warm_up
 from sglang_sparsespec.bench.planner import (
     START_S,
     common_args,
+    describe,
+    environment,
     is_simulated,
     needs_gate,
     predicted_turn_s,
@@ -32,12 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from sglang_sparsespec.bench.cells import Contender, Job, Target
+    from sglang_sparsespec.bench.cells import Contender, Job
     from sglang_sparsespec.bench.machine import Machine
     from sglang_sparsespec.bench.planner import Turn
     from sglang_sparsespec.bench.records import Record
 
-SIMULATION = ("SGLANG_SIMULATE_ACC_LEN", "SGLANG_SIMULATE_ACC_METHOD")
 START_TIMEOUT_S = 900
 REQUEST_TIMEOUT_S = 7200
 
@@ -184,7 +185,7 @@ class Runner:
                 continue
             self._record(
                 {
-                    **self._description(turn),
+                    **describe(turn),
                     "record": "turn",
                     "result": result,
                     "server": {"command": server.command[1:], "startup_s": round(server.startup_s, 1)},
@@ -199,24 +200,11 @@ class Runner:
         self._spend(START_S[self._machine.has_gpu])
         self._bar.set_postfix_str(f"starting {contender.name} on {job.target.name}")
         args = (*common_args(job, self._machine), *contender.args)
-        env = self._env(job.target, contender, simulate=simulate)
+        env = environment(job.target, contender, self._machine, simulate=simulate)
         with Server(
             job.target.path, *args, env=env, timeout_s=START_TIMEOUT_S, request_timeout_s=REQUEST_TIMEOUT_S
         ) as server:
             yield server
-
-    def _env(self, target: Target, contender: Contender, *, simulate: bool) -> dict[str, str | None]:
-        # a simulation that the caller's shell left on would pass for real acceptance
-        env: dict[str, str | None] = dict.fromkeys(SIMULATION)
-        if simulate and is_simulated(target, contender):
-            # the host's default rounds a normal deviate, whose mean is another one at the ends
-            env |= dict(zip(SIMULATION, (str(contender.simulated_accept_length), "match-expected"), strict=True))
-        if not self._machine.has_gpu:
-            env["CUDA_VISIBLE_DEVICES"] = ""
-            if target.shape.stored_params < 10_000_000:
-                # threads that wait for each other cost a tiny model more than they save
-                env["OMP_NUM_THREADS"] = "1"
-        return env
 
     def _spend(self, seconds: float) -> None:
         if self._deadline is not None and self._has_begun and time.monotonic() + seconds > self._deadline:
@@ -279,27 +267,6 @@ class Runner:
 
     # records
 
-    def _description(self, turn: Turn) -> Record:
-        target, contender = turn.job.target, turn.contender
-        simulated = contender.simulated_accept_length if is_simulated(target, contender) else None
-        return {
-            "key": turn.key,
-            "target": target.name,
-            "dtype": target.dtype,
-            "shape": vars(target.shape),
-            "acceptance": "simulated" if simulated else "none" if contender.is_plain else "real",
-            "simulated_accept_length": simulated,
-            "contender": contender.name,
-            "label": contender.label,
-            "contender_args": list(contender.args),
-            "is_baseline": contender is turn.job.contenders[0],
-            "baseline": turn.job.contenders[0].name,
-            "gate_on": turn.job.gate_on,
-            "scene": vars(turn.scene),
-            "pair": turn.pair,
-            "repeat": turn.repeat,
-        }
-
     def _record(self, record: Record) -> None:
         whole = {**record, "set": self._set_name, "context": digest(self._context), "provenance": self._provenance}
         append_record(self._out / "results.jsonl", whole)
@@ -308,7 +275,7 @@ class Runner:
 
     def _record_failure(self, turn: Turn, reason: str) -> None:
         tqdm.write(f"failed: {turn}: {reason.splitlines()[0]}")
-        self._record({**self._description(turn), "record": "failure", "reason": reason})
+        self._record({**describe(turn), "record": "failure", "reason": reason})
 
     @contextlib.contextmanager
     def _failing(self, job: Job, pair: str | None, **wanted: Any) -> Iterator[None]:

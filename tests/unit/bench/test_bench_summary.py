@@ -121,6 +121,12 @@ def test_page_names_simulation_skips_failures_and_provenance(
         assert text in page, text
 
 
+def test_page_tells_of_a_busy_machine(job: Job) -> None:
+    """Ratios that were taken beside somebody else's work look like any others."""
+    assert "not quiet" in markdown(paired(job, [100], [200], load_before=2.5))
+    assert "not quiet" not in markdown(paired(job, [100], [200], load_before=0.9))
+
+
 def test_page_of_nothing_still_lists_skips() -> None:
     """On a machine where nothing can run, the reasons are the result."""
     page = markdown([], [Skip("set core", "it needs a GPU")])
