@@ -30,6 +30,11 @@ class Target:
     """False: random weights of SGLang's own (`--load-format dummy`), acceptance simulated, prompts of random ids."""
 
     @property
+    def identity(self) -> Target:
+        """What keys are made of: the folder of a shape holds nothing but the shape, and may lie anywhere."""
+        return self if self.has_weights else dataclasses.replace(self, path="")
+
+    @property
     def server_args(self) -> tuple[str, ...]:
         dummy = () if self.has_weights else ("--load-format", "dummy", "--skip-tokenizer-init")
         return ("--dtype", self.dtype, *dummy)
@@ -142,4 +147,4 @@ def turn_key(
         pair: the contender that took turns with it, or "" where servers ran one at a time.
         context: what else decides the number: machine, versions, commit, server arguments.
     """
-    return digest(target, contender, scene, pair, repeat, context)
+    return digest(target.identity, contender, scene, pair, repeat, context)

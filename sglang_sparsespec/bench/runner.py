@@ -214,10 +214,10 @@ class Runner:
     # the gate
 
     def _gate_key(self, job: Job, contender: Contender) -> str:
-        return digest("gate", job.target, contender, common_args(job, self._machine), self._context)
+        return digest("gate", job.target.identity, contender, common_args(job, self._machine), self._context)
 
     def _reference_path(self, job: Job) -> Path:
-        name = digest(job.target, job.contenders[0], common_args(job, self._machine), self._context)
+        name = digest(job.target.identity, job.contenders[0], common_args(job, self._machine), self._context)
         return self._out / "gate" / f"{name}.json"
 
     def _lacks_reference(self, job: Job) -> bool:

@@ -49,6 +49,9 @@ def test_key_follows_everything_that_decides_a_number(job: Job) -> None:
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0]
+    # a shape's folder is made anew beside each file of results
+    shape = dataclasses.replace(target, has_weights=False)
+    assert key(target=shape) == key(target=dataclasses.replace(shape, path="/elsewhere"))
 
 
 def test_pairs_take_turns(job: Job, h100: Machine) -> None:
