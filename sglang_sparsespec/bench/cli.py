@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> int:
     plan = SETS[args.set](machine, request)
     path = out / "results.jsonl"
     if args.report:
-        return _report(path, out, plan.skips)
+        return _report(path, out)
     facts = provenance(use_gpu=machine.has_gpu)
     context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit")}
     runner = Runner(
@@ -105,8 +105,9 @@ def _run(args: argparse.Namespace) -> int:
         print(dry_run(plan, machine, runner, context))
         return FINISHED
     print(dry_run(plan, machine, runner, context, cells=False), flush=True)
+    runner.note_skips(plan.skips)
     done = runner.run() if plan.jobs else True
-    code = _report(path, out, plan.skips)
+    code = _report(path, out)
     if runner.is_out_of_time:
         print(f"time is up; {len(runner.pending)} turns are left. The same command goes on.")
         return TIME_IS_UP
@@ -226,14 +227,12 @@ def dry_run(plan: Plan, machine: Machine, runner: Runner, context: dict[str, Any
     return "\n".join(lines)
 
 
-def _report(path: Path, out: Path, skips: Sequence[Skip]) -> int:
+def _report(path: Path, out: Path) -> int:
     """Write the page and the plots; FAILED if something failed or parity is red."""
     records = read_records(path)
     drawn: list[str] = []
-    skipped = list(skips)
-    if not records:
-        pass
-    elif plots.is_available():
+    skipped = []
+    if plots.is_available():
         drawn = plots.draw(records, out)
     else:
         skipped.append(Skip("plots", plots.MISSING))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang_sparsespec.bench.cells import Skip
 from sglang_sparsespec.bench.model_check import ModelCheck, check_all
 from sglang_sparsespec.bench.summary import Row, current, rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from sglang_sparsespec.bench.cells import Skip
     from sglang_sparsespec.bench.records import Record
 
 COLUMNS = (
@@ -39,11 +39,16 @@ MODEL_COLUMNS = (
 )
 
 
-def markdown(records: Sequence[Record], skips: Iterable[Skip] = (), plots: Sequence[str] = ()) -> str:
-    """The page. Speed-ups only where parity is green; everything else is said in words."""
+def markdown(records: Sequence[Record], more_skips: Iterable[Skip] = (), plots: Sequence[str] = ()) -> str:
+    """The page. Speed-ups only where parity is green; everything else is said in words.
+
+    Args:
+        more_skips: besides those on file.
+        plots: file names beside the page.
+    """
     kept, others = current(records)
     if not kept:
-        return "# Benchmark\n\nNothing has been measured yet.\n" + _skips(skips)
+        return "# Benchmark\n\nNothing has been measured yet.\n" + _skips(more_skips)
     found = rows(kept)
     lines = [f"# Benchmark: set {kept[-1]['set']}", "", *_provenance(kept[-1]["provenance"]), ""]
     if others:
@@ -55,7 +60,8 @@ def markdown(records: Sequence[Record], skips: Iterable[Skip] = (), plots: Seque
     machine = kept[-1]["provenance"]["machine"]
     checks, notes = check_all(found, machine)
     lines += [*_model(checks, notes), *_failures(kept)]
-    text = "\n".join(lines) + _skips(skips)
+    skips = [Skip(record["what"], record["reason"]) for record in kept if record["record"] == "skip"]
+    text = "\n".join(lines) + _skips([*skips, *more_skips])
     if plots:
         text += "\n## Plots\n\n" + "\n\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots) + "\n"
     return text

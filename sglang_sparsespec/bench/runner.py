@@ -31,15 +31,17 @@ from sglang_sparsespec.bench.server import Server, ServerError
 from sglang_sparsespec.bench.window import NoSteadyStateError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from sglang_sparsespec.bench.cells import Contender, Job
+    from sglang_sparsespec.bench.cells import Contender, Job, Skip
     from sglang_sparsespec.bench.machine import Machine
     from sglang_sparsespec.bench.planner import Turn
     from sglang_sparsespec.bench.records import Record
 
 START_TIMEOUT_S = 900
+DONE = ("turn", "gate", "skip")
+"""Kinds of records that are not made again; a failure is."""
 REQUEST_TIMEOUT_S = 7200
 
 
@@ -75,7 +77,7 @@ class Runner:
         self._context = context
         self._deadline = None if max_s is None else time.monotonic() + max_s
         self._has_begun = False
-        self._finished = {record["key"] for record in records if record["record"] in ("turn", "gate")}
+        self._finished = {record["key"] for record in records if record["record"] in DONE}
         self._jobs = jobs
         self._bar: Any = None
         self.is_out_of_time = False
@@ -102,6 +104,13 @@ class Runner:
             except OutOfTimeError:
                 self.is_out_of_time = True
         return not self.pending
+
+    def note_skips(self, skips: Sequence[Skip]) -> None:
+        """Put on file what this machine could not run: the page may be made on another one."""
+        for skip in skips:
+            key = digest("skip", self._set_name, skip, self._context)
+            if key not in self._finished:
+                self._record({"record": "skip", "key": key, "what": skip.what, "reason": skip.reason})
 
     # one job
 
@@ -270,7 +279,7 @@ class Runner:
     def _record(self, record: Record) -> None:
         whole = {**record, "set": self._set_name, "context": digest(self._context), "provenance": self._provenance}
         append_record(self._out / "results.jsonl", whole)
-        if record["record"] in ("turn", "gate"):
+        if record["record"] in DONE:
             self._finished.add(record["key"])
 
     def _record_failure(self, turn: Turn, reason: str) -> None:

@@ -138,6 +138,9 @@ def gaps(traces: Iterable[Trace], begin: float, end: float) -> tuple[list[float]
     """(per token, per chunk) seconds between a chunk and the one before it, for chunks that came in the steady state.
 
     Per token is what sglang.bench_serving calls ITL: the gap shared among the chunk's tokens, one entry each.
+
+    Raises:
+        NoSteadyStateError: if there is no such chunk.
     """
     per_token, per_chunk = [], []
     for trace in traces:
@@ -146,6 +149,8 @@ def gaps(traces: Iterable[Trace], begin: float, end: float) -> tuple[list[float]
             if begin < now <= end and has > had:
                 per_chunk.append(now - before)
                 per_token += [(now - before) / (has - had)] * (has - had)
+    if not per_chunk:
+        raise NoSteadyStateError("no request streamed two chunks in the steady state")
     return per_token, per_chunk
 
 

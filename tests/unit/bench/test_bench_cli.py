@@ -107,6 +107,18 @@ def test_report_draws_every_kind_of_plot(
     assert "1.50" in capsys.readouterr().out
 
 
+def test_skips_travel_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page of a card's run is often made on a laptop, which would skip everything for reasons of its own."""
+    argv = ["core", "--device", "cpu", "--out", str(tmp_path)]
+    assert cli.main(argv) == cli.FINISHED
+    assert cli.main(argv) == cli.FINISHED
+    [record] = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert (record["record"], record["what"]) == ("skip", "set core")
+    capsys.readouterr()
+    assert cli.main([*argv, "--report"]) == cli.FINISHED
+    assert "* set core: it needs a GPU" in capsys.readouterr().out
+
+
 def test_report_without_matplotlib_says_so(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables need no extra; the missing plots are named with the command that brings them."""
     monkeypatch.setattr(cli, "real_target", lambda *args: job.target)
