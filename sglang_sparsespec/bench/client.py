@@ -95,8 +95,6 @@ class Load:
     used_tokens: int
     """KV slots in use: committed, reserved for drafts, and cached."""
     total_tokens: int
-    tokens_per_s: float
-    """Over SGLang's last log interval."""
 
 
 @contextlib.contextmanager
@@ -110,14 +108,8 @@ def watch(server: Server) -> Iterator[list[Load]]:
             # a busy server may answer late; a sample less does no harm
             with contextlib.suppress(Exception):
                 load = server.loads()
-                loads.append(
-                    Load(
-                        time.perf_counter(),
-                        int(load["num_used_tokens"]),
-                        int(load["max_total_num_tokens"]),
-                        float(load["gen_throughput"]),
-                    )
-                )
+                used, size = int(load["num_used_tokens"]), int(load["max_total_num_tokens"])
+                loads.append(Load(time.perf_counter(), used, size))
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

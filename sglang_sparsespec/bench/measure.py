@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.cells import Scene, Target
     from sglang_sparsespec.bench.server import Server
 
+# SGLang's log, every --decode-log-interval iterations; /v1/loads has this number only under --enable-metrics
+DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
 WARMUP_NEW_TOKENS = 24
 """Enough for two rounds of k = 8."""
 
@@ -65,6 +68,7 @@ def measure(server: Server, source: PromptSource, scene: Scene, seed: int) -> di
     prompts = source.prompts(scene, seed)
     server.flush_cache()
     busy = load_average()
+    logged = len(server.log_text())
     started = time.perf_counter()
     with watch(server) as loads:
         traces = run_requests(
@@ -74,10 +78,21 @@ def measure(server: Server, source: PromptSource, scene: Scene, seed: int) -> di
     server.check_alive("after a turn")
     return {
         **summarise(traces, loads, scene),
+        "scheduler_tokens_per_s": scheduler_rate(server.log_text()[logged:], scene.batch),
         "wall_s": round(wall_s, 3),
         "gpu_memory_bytes": gpu_memory_bytes(server.pid),
         "load_before": round(busy, 2),
     }
+
+
+def scheduler_rate(log: str, batch: int) -> float | None:
+    """Tokens per second by the scheduler's own clock, over the log lines with a full batch; None without two of them.
+
+    Each line stands for as many iterations as the next: their mean rate is the harmonic one. The first line's interval
+    begins before the batch was full.
+    """
+    rates = [float(rate) for running, rate in DECODE_LINE.findall(log) if int(running) == batch][1:]
+    return round(statistics.harmonic_mean(rates), 3) if rates and min(rates) > 0 else None
 
 
 def summarise(traces: Sequence[window.Trace], loads: Sequence[Load], scene: Scene) -> dict[str, Any]:
@@ -88,12 +103,9 @@ def summarise(traces: Sequence[window.Trace], loads: Sequence[Load], scene: Scen
     per_token, per_chunk = window.gaps(traces, begin, end)
     accept_length = window.accept_length(traces)
     inside = [load for load in loads if begin <= load.time <= end]
-    # a value stands until SGLang logs the next one; the one from before the window is not of it
-    scheduler = list(dict.fromkeys(load.tokens_per_s for load in inside))[1:]
     used = max(inside, key=lambda load: load.used_tokens, default=None)
     return {
         "tokens_per_s": round(whole.tokens_per_s, 3),
-        "scheduler_tokens_per_s": round(statistics.median(scheduler), 3) if scheduler else None,
         "accept_length": None if accept_length is None else round(accept_length, 4),
         "round_ms": round(whole.round_ms(accept_length or 1.0), 4),
         "itl_p50_ms": round(1e3 * window.percentile(per_token, 0.5), 4),

@@ -11,7 +11,7 @@ from bench_records import gate_record, turn_record
 from sglang_sparsespec.bench import cli, plots, prompts, provenance
 from sglang_sparsespec.bench.cells import Job, Scene
 from sglang_sparsespec.bench.client import COMPLETION_TOKENS, VERIFY_CT, Load
-from sglang_sparsespec.bench.measure import summarise
+from sglang_sparsespec.bench.measure import scheduler_rate, summarise
 from sglang_sparsespec.bench.records import append_record
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.window import Trace
@@ -158,20 +158,29 @@ def test_speedup_by_fill_compares_equal_fills(job: Job, tmp_path: Path) -> None:
 
 
 def test_summarise_cuts_warm_up_and_drain() -> None:
-    """One turn from traces to numbers: rate, round, pool and the scheduler's own rate."""
+    """One turn from traces to numbers: rate, round, gaps and pool."""
     traces = [
         Trace(100, 0.0, tuple(1 + 0.1 * i for i in range(41)), tuple(1 + 4 * i for i in range(41)), 40),
         Trace(100, 0.0, tuple(2 + 0.1 * i for i in range(41)), tuple(1 + 4 * i for i in range(41)), 40),
     ]
-    loads = [Load(0.5, 50, 1000, 1.0), *(Load(2.2 + 0.5 * i, 300 + i, 1000, 80.0 + i) for i in range(5))]
+    loads = [Load(0.5, 999, 1000), *(Load(2.2 + 0.5 * i, 300 + i, 1000) for i in range(5))]
     found = summarise(traces, loads, Scene(2, 100, 161, num_slices=2))
     assert found["tokens_per_s"] == pytest.approx(80, rel=0.06)
     assert found["accept_length"] == 4.0
     assert found["round_ms"] == pytest.approx(100, rel=0.06)
     assert (found["itl_p50_ms"], found["chunk_gap_p99_ms"]) == (pytest.approx(25), pytest.approx(100))
     assert found["pool_used_peak"] == 304
-    assert found["scheduler_tokens_per_s"] == 82.5
     assert len(found["slices"]) == 2
+
+
+def test_scheduler_rate_is_of_full_batches() -> None:
+    """The check on a client that cannot keep up; a line from the filling or draining batch would raise false alarms."""
+    line = (
+        "[x] Decode batch, #running-req: {}, #token: 77, token usage: 0.68, gen throughput (token/s): {}, #queue-req: 1"
+    )
+    log = "\n".join(line.format(*pair) for pair in [(4, 9.0), (8, 5.0), (8, 100.0), (8, 50.0), (3, 1.0)])
+    assert scheduler_rate(log, 8) == pytest.approx(66.667)
+    assert scheduler_rate(log, 4) is None
 
 
 def test_client_reads_the_counts_of_a_chunk() -> None:
