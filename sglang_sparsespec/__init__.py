@@ -9,6 +9,8 @@ Where things live; imports go one way, from the bottom of this list to its top:
 * ``adapter``                the only code that imports SGLang: worker, attention backend, server arguments
 * ``patches``                the changes to the host that neither registration nor a subclass can make
 * ``plugin``                 the entry point that SGLang calls
+
+Beside them, for people and tests: ``model_tools`` (small checkpoints) and ``bench`` (servers as processes, measured).
 """
 
 __version__ = "0.1.0"

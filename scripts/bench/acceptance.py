@@ -12,24 +12,25 @@ import argparse
 import json
 import shlex
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
-
-from prompts import token_prompts  # noqa: E402
-from provenance import provenance  # noqa: E402
-
-from tests.support.server import Server  # noqa: E402
+from sglang_sparsespec.bench.prompts import token_prompts
+from sglang_sparsespec.bench.provenance import provenance
+from sglang_sparsespec.bench.server import Server, has_gpu
 
 SAMPLINGS = {"greedy": {"temperature": 0}, "T=0.6": {"temperature": 0.6}, "T=1": {"temperature": 1.0}}
 
 
 def measure(args: argparse.Namespace, prompts: list[list[int]], name: str, options: str) -> dict[str, Any]:
-    server_args = ["--speculative-algorithm", "SPARSESPEC", *args.server_arg, *shlex.split(options)]
+    num_tokens = args.concurrency * (max(args.length) + args.new_tokens + 128)
+    server_args = ["--max-total-tokens", str(num_tokens), "--max-running-requests", str(args.concurrency)]
+    if not has_gpu():
+        # by itself SGLang takes a float32 checkpoint down to bf16
+        server_args += ["--dtype", "float32"]
+    # the last one of an option counts
+    server_args += ["--speculative-algorithm", "SPARSESPEC", *args.server_arg, *shlex.split(options)]
     record: dict[str, Any] = {"case": name, "options": options}
     with Server(args.model, *server_args, timeout_s=900, request_timeout_s=3600) as server:
         for sampling_name in args.sampling:

@@ -19,14 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
-
-from prompts import token_prompts  # noqa: E402
-from provenance import provenance  # noqa: E402
-
-from tests.support.parity import RECORDING, ParityReport, Verdict, compare_greedy  # noqa: E402
-from tests.support.server import Server  # noqa: E402
+from sglang_sparsespec.bench.parity import RECORDING, ParityReport, Verdict, compare_greedy
+from sglang_sparsespec.bench.prompts import token_prompts
+from sglang_sparsespec.bench.provenance import provenance
+from sglang_sparsespec.bench.server import Server, has_gpu
 
 
 def prompt_lengths(count: int, longest: int) -> list[int]:
@@ -126,8 +122,9 @@ def main() -> None:
     else:
         prompts = token_prompts(AutoTokenizer.from_pretrained(args.tokenizer or args.model), lengths)
     common = list(args.server_arg)
-    if args.dtype:
-        common += ["--dtype", args.dtype]
+    if args.dtype or not has_gpu():
+        # by itself SGLang takes a float32 checkpoint down to bf16, where ties between two logits are common
+        common += ["--dtype", args.dtype or "float32"]
     if args.attention_backend:
         common += ["--attention-backend", args.attention_backend]
     num_tokens = sum(map(len, prompts)) + args.concurrency * (args.longest + args.new_tokens + 64)

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # The project's Python environment, for the scripts beside this folder. Source it, then:
 #
-#   sparsespec_environment model|test    # creates or updates it; sets PYTHON
+#   sparsespec_environment model|test|bench    # creates or updates it; sets PYTHON
 #
 # SPARSESPEC_VENV    where it is (default: .venv in the repository)
 # SPARSESPEC_PYTHON  which Python makes it (default: the first of python3, python3.12, .11, .10, .13 that fits)

@@ -16,7 +16,7 @@ import torch
 from tests.e2e.conftest import TINY_ENV
 from tests.support import feature_requests, workload
 from tests.support.feature_requests import SCHEMA, FeatureRecord
-from tests.support.server import Server
+from tests.support.server import Server, has_gpu
 from tests.support.teacher import Teacher
 from tests.support.workload import assert_equal_logprobs, assert_greedy_parity, concurrently, greedy
 
@@ -70,6 +70,8 @@ def server(tiny_model: Path, feature_record: FeatureRecord) -> Iterator[Server]:
     with Server(
         tiny_model,
         "--speculative-algorithm=SPARSESPEC",
+        # as the launcher's defaults always had it here; on a machine with a GPU it ran with overlap
+        *(() if has_gpu() else ("--disable-overlap-schedule",)),
         f"--speculative-num-steps={NUM_STEPS}",
         "--sparsespec-min-budget=32",
         "--sparsespec-recent-window=4",

@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.conftest import TINY_ENV
 from tests.support import workload
 from tests.support.probability_tree import Fit, Sampling, expected_cells, g_test
-from tests.support.server import Server
+from tests.support.server import Server, has_gpu
 from tests.support.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def server(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Server]
     with Server(
         tiny_model,
         "--speculative-algorithm=SPARSESPEC",
+        # as the launcher's defaults always had it here; on a machine with a GPU it ran with overlap
+        *(() if has_gpu() else ("--disable-overlap-schedule",)),
         "--speculative-num-steps=3",
         f"--max-running-requests={BATCH}",
         "--max-total-tokens=40000",

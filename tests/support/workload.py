@@ -149,7 +149,7 @@ def concurrently(server: Server, payloads: Sequence[Mapping[str, Any]], stagger_
 def shortened(response: Response, length: int) -> ReferenceOutput:
     """The reference for a request that asks for fewer tokens than the recorded one."""
     whole = reference_output(response)
-    return ReferenceOutput(whole.token_ids[:length], whole.top2[:length])
+    return ReferenceOutput(whole.token_ids[:length], whole.top[:length])
 
 
 def assert_greedy_parity(

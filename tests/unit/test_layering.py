@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapter": {"errors", "config", "ops", "speculation", "selection", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "patches", "adapter"},
     "model_tools": set(),
+    "bench": {"errors", "config", "model_tools"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}
@@ -119,6 +120,13 @@ def test_layering_of_the_package() -> None:
         ("sglang_sparsespec/plugin.py", "import sglang", "plugin imports sglang;"),
         ("sglang_sparsespec/plugin.py", "def register():\n    import sglang", None),
         ("sglang_sparsespec/model_tools/x.py", "def f():\n    import sglang", "model_tools imports sglang;"),
+        ("sglang_sparsespec/bench/x.py", "import sglang", "bench imports sglang;"),
+        (
+            "sglang_sparsespec/bench/x.py",
+            "from sglang_sparsespec.adapter import x",
+            "bench imports sglang_sparsespec.ada",
+        ),
+        ("sglang_sparsespec/bench/x.py", "from sglang_sparsespec.config import SCHEDULES", None),
         ("sglang_sparsespec/adapter/x.py", "import sglang", None),
         ("patches/x.py", "import sglang", None),
         ("sglang_sparsespec/ops/a/x.py", "from ...adapter import y", "ops imports sglang_sparsespec.adapter.y;"),

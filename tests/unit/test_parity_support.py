@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.parity import ReferenceOutput, Verdict, compare_greedy, reference_output
+from sglang_sparsespec.bench.parity import ReferenceOutput, Verdict, compare_greedy, reference_output
 
 
 def reference(*tokens_and_gaps: tuple[int, float]) -> ReferenceOutput:
@@ -39,6 +39,13 @@ def test_compare_greedy_judges_the_first_difference(output: list[int], verdict: 
     assert report.ok == (verdict is not Verdict.DIVERGED)
 
 
+@pytest.mark.parametrize(("token", "verdict"), [(7, Verdict.NEAR_TIE), (8, Verdict.DIVERGED), (9, Verdict.DIVERGED)])
+def test_compare_greedy_knows_ties_of_three(token: int, verdict: Verdict) -> None:
+    """In bfloat16 the third of three equal logits is as right as the second; one that is behind is not."""
+    ties = ReferenceOutput((5,), (((5, -1.0), (6, -1.0), (7, -1.1), (8, -2.0)),))
+    assert compare_greedy([ties], [[token]], tol=0.2).requests[0].verdict is verdict
+
+
 def test_compare_greedy_report_names_position_tokens_and_gap() -> None:
     """Without these a failure in the nightly run cannot be traced."""
     report = compare_greedy([reference((1, 0.3)), reference((5, 0.25))], [[1], [6]])
@@ -57,7 +64,7 @@ def test_compare_greedy_reads_generate_responses() -> None:
     """The field layout of SGLang: (logprob, token id, text or None), best first."""
     top = [[[-0.1, 4, None], [-2.5, 8, None]], [[-0.7, 5, "x"], [-0.7, 6, "y"]]]
     parsed = reference_output(response([4, 5], top))
-    assert parsed.top2 == (((4, -0.1), (8, -2.5)), ((5, -0.7), (6, -0.7)))
+    assert parsed.top == (((4, -0.1), (8, -2.5)), ((5, -0.7), (6, -0.7)))
     report = compare_greedy([response([4, 5], top)], [response([4, 6], None)])
     assert report.requests[0].verdict is Verdict.NEAR_TIE
 

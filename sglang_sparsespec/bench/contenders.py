@@ -1,0 +1,91 @@
+"""Who competes: plain SGLang on each backend, its own speculative algorithms, and our engine under each policy."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from sglang_sparsespec.bench.cells import Contender, Skip
+from sglang_sparsespec.bench.server import PLAIN_CPU_SERVER
+from sglang_sparsespec.config import SCHEDULES, SELECTIONS
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sglang_sparsespec.bench.machine import Machine
+
+# the bonus and what the paper (arXiv:2512.01278) saw accepted: 6.16 of 8 drafts, about 1.6 of 4, about 1.1 of 3
+SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6, "eagle3": 2.1}
+ORIGINS = {"window": "MagicDec's StreamingLLM drafts", "pillar": "SparseSpec", "random": "a lower bound"}
+NO_GPU_ARGS = ("--device", "cpu")
+
+
+def plain(machine: Machine) -> tuple[list[Contender], list[Skip]]:
+    """SGLang without speculation, once per backend."""
+    found = []
+    for backend in machine.backends:
+        args: tuple[str, ...] = ("--attention-backend", backend)
+        if not machine.has_gpu:
+            args = NO_GPU_ARGS + tuple(
+                part for option in PLAIN_CPU_SERVER.items() for part in option if part is not None
+            )
+        found.append(Contender(f"plain/{backend}", f"SGLang, {backend}", args))
+    return found, [Skip(f"plain/{backend}", reason) for backend, reason in machine.missing.items()]
+
+
+def ngram(machine: Machine, simulated: float) -> tuple[list[Contender], list[Skip]]:
+    if not machine.has_gpu:
+        reason = "SGLang's NGRAM worker reserves slots and plans attention with Triton kernels, which need a GPU"
+        return [], [Skip("ngram", reason)]
+    args = ("--speculative-algorithm", "NGRAM", "--attention-backend", machine.backends[0])
+    return [Contender("ngram", "SGLang NGRAM", args, simulated)], []
+
+
+def eagle3(machine: Machine, draft: str | None, simulated: float) -> tuple[list[Contender], list[Skip]]:
+    """The paper's setting for it: three drafts in a chain."""
+    if draft is None:
+        return [], [Skip("eagle3", "it needs a trained draft model: --eagle3-draft PATH")]
+    if not machine.has_gpu:
+        return [], [Skip("eagle3", "SGLang's EAGLE workers use Triton kernels, which need a GPU")]
+    args: tuple[str, ...] = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", draft)
+    args += ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
+    return [Contender("eagle3", "SGLang EAGLE-3", (*args, "--attention-backend", machine.backends[0]), simulated)], []
+
+
+def sparsespec(
+    machine: Machine, policies: Iterable[str], simulated: float, extra: tuple[str, ...] = ()
+) -> list[Contender]:
+    """Our engine: each policy under each schedule; `extra` are options for all of them."""
+    found = []
+    for policy in policies:
+        for schedule in SCHEDULES:
+            args: tuple[str, ...] = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-selection", policy, *extra)
+            if len(SCHEDULES) > 1:
+                args += ("--sparsespec-schedule", schedule)
+            args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+            name = f"sparsespec/{policy}" + (f"/{schedule}" if len(SCHEDULES) > 1 else "")
+            origin = f" ({ORIGINS[policy]})" if policy in ORIGINS else ""
+            found.append(Contender(name, f"policy {policy}{origin} in our engine, {schedule}", args, simulated))
+    return found
+
+
+def named(machine: Machine, text: str, simulated: float) -> Contender:
+    """A contender of the user's: `NAME=OPTIONS`, options of SPARSESPEC.
+
+    Raises:
+        ConfigError: without a name.
+    """
+    name, equals, options = text.partition("=")
+    if not equals or not name or "/" in name:
+        raise ConfigError(
+            "--contender", text, "NAME=OPTIONS", "For instance: --contender 'k4=--speculative-num-steps 4'"
+        )
+    args = ("--speculative-algorithm", "SPARSESPEC", *shlex.split(options))
+    args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+    return Contender(f"sparsespec/{name}", f"{options or 'defaults'} in our engine", args, simulated)
+
+
+def useful_policies() -> tuple[str, ...]:
+    """Every policy but the one that exists for tests."""
+    return tuple(policy for policy in SELECTIONS if policy != "random")

@@ -1,0 +1,144 @@
+"""What a round of speculation should take, term by term, in milliseconds: the model that measurements stand beside.
+
+    round = k (W + s A / u + o) + V + A (1 + c) + extra
+    speed-up = (1 + accepted) (W + A) / round
+
+W, A: weights and KV of one ordinary decode step. s: share of the KV that a draft reads. u: share of the bandwidth that
+a gather of single tokens reaches. o: gap per draft step in which the device waits for the host. V: the products of
+(k + 1) x batch rows. c: score capture relative to A. extra: sampling, top-k and whatever else comes once a round.
+`accepted` does not count the bonus token. Pure functions; docs/benchmarks.md says where the defaults come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang_sparsespec.bench.shapes import ModelShape
+
+DEVIATION_LIMIT = 0.2
+"""A term that is off by more than this share of the model is flagged."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a device reaches, not what its data sheet says: `bandwidth` in bytes/s, `flops` of dense products per s."""
+
+    bandwidth: float
+    flops: float
+
+
+# H100: dense decode attention and weights, 3.0 to 3.1 TB/s measured (docs/benchmarks.md); products at
+# 70 % of the peak of 989 TFLOP/s in bf16. H200: the same shares of its own data sheet; not measured.
+ROOFLINES = {"H100": Roofline(3.0e12, 6.9e14), "H200": Roofline(4.3e12, 6.9e14)}
+
+
+def roofline_of(machine: str) -> Roofline | None:
+    """For a card's name; None for a card or a CPU that nobody measured."""
+    return next((roofline for name, roofline in ROOFLINES.items() if name in machine), None)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The terms of one round, ms."""
+
+    draft_weights: float
+    draft_kv: float
+    draft_gaps: float
+    verify_products: float
+    verify_kv: float
+    capture: float
+    extra: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.terms().values())
+
+    def terms(self) -> dict[str, float]:
+        return dict(vars(self))
+
+
+def round_time(
+    weights_ms: float,
+    kv_ms: float,
+    *,
+    num_steps: int,
+    kv_share: float,
+    gather_efficiency: float = 0.75,
+    gap_ms: float = 0.2,
+    verify_ms: float,
+    capture_share: float = 0.1,
+    extra_ms: float = 0.0,
+) -> Round:
+    """The formula above: W, A, k, s, u, o, V, c, extra.
+
+    Raises:
+        ValueError: for a share or an efficiency outside (0, 1], or a negative time.
+    """
+    if not 0 < kv_share <= 1 or not 0 < gather_efficiency <= 1:
+        raise ValueError(f"kv_share {kv_share} and gather_efficiency {gather_efficiency} must be in (0, 1].")
+    if min(weights_ms, kv_ms, gap_ms, verify_ms, capture_share, extra_ms) < 0 or num_steps < 1:
+        raise ValueError("times must not be negative, and a round has at least one draft step.")
+    return Round(
+        draft_weights=num_steps * weights_ms,
+        draft_kv=num_steps * kv_share * kv_ms / gather_efficiency,
+        draft_gaps=num_steps * gap_ms,
+        verify_products=verify_ms,
+        verify_kv=kv_ms,
+        capture=capture_share * kv_ms,
+        extra=extra_ms,
+    )
+
+
+def speedup(accept_length: float, weights_ms: float, kv_ms: float, round_ms: float) -> float:
+    """Tokens per second over those of ordinary decoding; `accept_length` counts the bonus token."""
+    return accept_length * (weights_ms + kv_ms) / round_ms
+
+
+def budget_share(context: float, *, budget_ratio: float = 0.05, min_budget: int = 192) -> float:
+    """s: the share of a context of so many tokens that drafts read; 1 for contexts below the floor."""
+    return min(1.0, max(float(min_budget), budget_ratio * context) / context) if context > 0 else 1.0
+
+
+def step_times(
+    shape: ModelShape, roofline: Roofline, *, rows: int, pool_tokens: float, bytes_per_value: int
+) -> tuple[float, float]:
+    """(W, A) of an ordinary decode step on that device, ms, without any gap."""
+    weights_s = products_s(shape, roofline, rows=rows, bytes_per_value=bytes_per_value)
+    kv_s = pool_tokens * shape.kv_values_per_token * bytes_per_value / roofline.bandwidth
+    return weights_s * 1e3, kv_s * 1e3
+
+
+def products_s(shape: ModelShape, roofline: Roofline, *, rows: int, bytes_per_value: int) -> float:
+    """Seconds for the weights of layers and lm_head: reading them, or multiplying `rows` rows, what takes longer."""
+    params = shape.layer_params + shape.head_params
+    return max(params * bytes_per_value / roofline.bandwidth, 2 * params * rows / roofline.flops)
+
+
+def sampling_s(shape: ModelShape, roofline: Roofline, *, rows: int) -> float:
+    """Seconds to write logits of `rows` rows in float32, and to read, normalise and read them again: four passes."""
+    return 4 * rows * shape.vocab * 4 / roofline.bandwidth
+
+
+def fit_step(pool_tokens: Sequence[float], step_ms: Sequence[float]) -> tuple[float, float] | None:
+    """(W in ms, A in ms per pool token) of the line through measured steps; None for fewer than two distinct fills."""
+    count = len(pool_tokens)
+    mean_x = sum(pool_tokens) / count if count else 0.0
+    mean_y = sum(step_ms) / count if count else 0.0
+    spread = sum((x - mean_x) ** 2 for x in pool_tokens)
+    if count < 2 or spread == 0:
+        return None
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(pool_tokens, step_ms, strict=True)) / spread
+    return mean_y - slope * mean_x, slope
+
+
+def deviation(measured: float, model: float) -> float:
+    """Share of the model by which a measurement exceeds it; negative where it is faster."""
+    return measured / model - 1 if model else float("inf")
+
+
+def is_off(measured: float, model: float, limit: float = DEVIATION_LIMIT) -> bool:
+    return abs(deviation(measured, model)) > limit

@@ -1,0 +1,196 @@
+"""From jobs to turns in order, server starts and predicted minutes. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_sparsespec.bench.cells import BYTES, RESERVE_TOKENS, turn_key
+from sglang_sparsespec.bench.cost_model import Roofline, roofline_of, step_times
+from sglang_sparsespec.bench.gate import LONGEST, NEW_TOKENS, NUM_PROMPTS
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target
+    from sglang_sparsespec.bench.machine import Machine
+
+SERVER_BYTES = 6 << 30
+"""A GPU server beside weights and KV: its CUDA context, graphs and workspaces. Seen on an H100: 3 to 5 GiB."""
+START_S = {True: 60.0, False: 40.0}
+"""Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
+SPARE_REQUESTS = 4
+TINY_PARAMS = 10_000_000
+SIMULATION = ("SGLANG_SIMULATE_ACC_LEN", "SGLANG_SIMULATE_ACC_METHOD")
+# only for predictions: a card that nobody measured, and a CPU, where the gap of 25 ms a step rules
+UNKNOWN_GPU = Roofline(1.5e12, 3e14)
+CPU = Roofline(1e10, 2e10)
+GAP_S = {True: 0.002, False: 0.025}
+
+
+@dataclass(frozen=True)
+class Turn:
+    job: Job
+    contender: Contender
+    scene: Scene
+    pair: str
+    repeat: int
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.job.target.name}, {self.contender.name}, {self.scene}, repeat {self.repeat + 1}"
+
+
+def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
+    """Server arguments that every contender of a job shares: pools, batch, streaming."""
+    args = [
+        *job.target.server_args,
+        "--max-total-tokens",
+        str(pool_tokens(job, machine)),
+        "--max-running-requests",
+        # at its limit SGLang counts a request in chunked prefill twice: the last of a batch would wait for the first
+        str(max(scene.batch for scene in job.scenes) + SPARE_REQUESTS),
+        # often enough for a median within a steady state
+        "--decode-log-interval",
+        "16",
+        # else every chunk repeats the answer so far
+        "--incremental-streaming-output",
+        "--skip-server-warmup",
+        "--random-seed",
+        "1",
+    ]
+    if machine.has_gpu:
+        args.append("--disable-prefill-cuda-graph")
+        if not side_by_side(job, machine):
+            args += ["--mem-fraction-static", "0.9"]
+    return tuple(args)
+
+
+def pool_tokens(job: Job, machine: Machine) -> int:
+    """KV tokens of a server. Scenes of fixed lengths get all that they fill; one whose answers end by themselves gets
+    what there is, at most."""
+    fixed = max((scene.pool_tokens for scene in job.scenes if scene.ignore_eos), default=0)
+    gate_tokens = NUM_PROMPTS * (LONGEST + NEW_TOKENS + RESERVE_TOKENS)
+    open_ended = max((scene.pool_tokens for scene in job.scenes if not scene.ignore_eos), default=0)
+    return max(fixed, gate_tokens, min(open_ended, room_tokens(job.target, machine)))
+
+
+def room_tokens(target: Target, machine: Machine) -> int:
+    """KV tokens that fit beside the weights: on a card all of it, on a CPU a quarter of the memory for each of two."""
+    room = 0.85 * machine.memory_bytes - SERVER_BYTES if machine.has_gpu else 0.25 * machine.memory_bytes
+    return max(0, int((room - target.weights_bytes) / target.kv_bytes_per_token))
+
+
+def side_by_side(job: Job, machine: Machine) -> bool:
+    """Whether two servers of this job fit here at a time; a CPU runs two, of a model that leaves room for it."""
+    server = job.target.weights_bytes + pool_tokens(job, machine) * job.target.kv_bytes_per_token
+    server += SERVER_BYTES if machine.has_gpu else 0
+    return 2 * server < 0.9 * machine.memory_bytes
+
+
+def turns(job: Job, machine: Machine, context: dict[str, Any]) -> list[Turn]:
+    """In the order in which they run.
+
+    Side by side, each contender is paired with the baseline and they take turns. Otherwise all run one after another,
+    and the whole row `repeats` times: ABAB.
+    """
+    baseline, *others = job.contenders
+    args = common_args(job, machine)
+
+    def turn(contender: Contender, scene: Scene, pair: str, repeat: int) -> Turn:
+        whole = {**context, "server_args": args}
+        key = turn_key(job.target, contender, scene, pair=pair, repeat=repeat, context=whole)
+        return Turn(job, contender, scene, pair, repeat, key)
+
+    if others and side_by_side(job, machine):
+        return [
+            turn(member, scene, other.name, repeat)
+            for other in others
+            for scene in job.scenes
+            for repeat in range(job.repeats)
+            for member in (baseline, other)
+        ]
+    return [
+        turn(contender, scene, "", repeat)
+        for repeat in range(job.repeats)
+        for contender in job.contenders
+        for scene in job.scenes
+    ]
+
+
+def needs_gate(job: Job, contender: Contender) -> bool:
+    """Whether this job compares the contender's output (a job on random weights may leave that to the real model)."""
+    return not contender.is_plain and job.gate_on == job.target.name
+
+
+def is_simulated(target: Target, contender: Contender) -> bool:
+    return not target.has_weights and not contender.is_plain
+
+
+def environment(
+    target: Target, contender: Contender, machine: Machine, *, simulate: bool = True
+) -> dict[str, str | None]:
+    """Variables of a server; None removes one."""
+    # a simulation that the caller's shell left on would pass for real acceptance
+    env: dict[str, str | None] = dict.fromkeys(SIMULATION)
+    if simulate and is_simulated(target, contender):
+        # the host's default rounds a normal deviate, whose mean is another one at the ends
+        env |= dict(zip(SIMULATION, (str(contender.simulated_accept_length), "match-expected"), strict=True))
+    if not machine.has_gpu:
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        if target.shape.stored_params < TINY_PARAMS:
+            # threads that wait for each other cost a tiny model more than they save
+            env["OMP_NUM_THREADS"] = "1"
+    return env
+
+
+def describe(turn: Turn) -> dict[str, Any]:
+    """A turn as the first part of its record."""
+    target, contender = turn.job.target, turn.contender
+    simulated = contender.simulated_accept_length if is_simulated(target, contender) else None
+    return {
+        "key": turn.key,
+        "target": target.name,
+        "dtype": target.dtype,
+        "shape": vars(target.shape),
+        "acceptance": "simulated" if simulated else "none" if contender.is_plain else "real",
+        "simulated_accept_length": simulated,
+        "contender": contender.name,
+        "label": contender.label,
+        "contender_args": list(contender.args),
+        "is_baseline": contender is turn.job.contenders[0],
+        "baseline": turn.job.contenders[0].name,
+        "gate_on": turn.job.gate_on,
+        "scene": vars(turn.scene),
+        "pair": turn.pair,
+        "repeat": turn.repeat,
+    }
+
+
+def num_starts(job: Job, machine: Machine) -> int:
+    """Servers that an uninterrupted run starts."""
+    gates = sum(needs_gate(job, contender) and is_simulated(job.target, contender) for contender in job.contenders)
+    rows = 1 if side_by_side(job, machine) else job.repeats
+    return rows * len(job.contenders) + gates
+
+
+def predicted_turn_s(turn: Turn, machine: Machine) -> float:
+    """A guess within a factor of two, for the dry run and for stopping in time."""
+    roofline = roofline_of(machine.name) or (UNKNOWN_GPU if machine.has_gpu else CPU)
+    scene, shape = turn.scene, turn.job.target.shape
+    waves = math.ceil(scene.requests / scene.batch)
+    weights_ms, kv_ms = step_times(
+        shape,
+        roofline,
+        rows=scene.batch,
+        pool_tokens=scene.batch * (scene.prompt_tokens + scene.new_tokens / 2),
+        bytes_per_value=BYTES[turn.job.target.dtype],
+    )
+    prefill_s = scene.requests * scene.prompt_tokens * 2 * shape.layer_params / roofline.flops
+    return prefill_s + waves * scene.new_tokens * ((weights_ms + kv_ms) / 1e3 + GAP_S[machine.has_gpu]) + 2.0
+
+
+def predicted_s(jobs: tuple[Job, ...], machine: Machine, pending: list[Turn]) -> float:
+    """Seconds for the pending turns with the server starts of the jobs that have any."""
+    busy = [job for job in jobs if any(turn.job is job for turn in pending)]
+    starts = sum(num_starts(job, machine) for job in busy)
+    return starts * START_S[machine.has_gpu] + sum(predicted_turn_s(turn, machine) for turn in pending)

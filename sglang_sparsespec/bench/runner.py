@@ -1,0 +1,301 @@
+"""Runs the turns of a plan that its file of results lacks: starts and stops servers, gates, measures, records.
+
+Invariants: at most two servers are up at a time; a turn that is on file is not run again; what fails is recorded with
+its reason and tried again at the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from sglang_sparsespec.bench import gate
+from sglang_sparsespec.bench.cells import digest
+from sglang_sparsespec.bench.measure import PromptSource, measure, warm_up
+from sglang_sparsespec.bench.planner import (
+    START_S,
+    common_args,
+    describe,
+    environment,
+    is_simulated,
+    needs_gate,
+    predicted_turn_s,
+    side_by_side,
+    turns,
+)
+from sglang_sparsespec.bench.records import append_record
+from sglang_sparsespec.bench.server import Server, ServerError
+from sglang_sparsespec.bench.window import NoSteadyStateError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from sglang_sparsespec.bench.cells import Contender, Job, Skip
+    from sglang_sparsespec.bench.machine import Machine
+    from sglang_sparsespec.bench.planner import Turn
+    from sglang_sparsespec.bench.records import Record
+
+START_TIMEOUT_S = 900
+DONE = ("turn", "gate", "skip")
+"""Kinds of records that are not made again; a failure is."""
+REQUEST_TIMEOUT_S = 7200
+
+
+class OutOfTimeError(Exception):
+    """The next step would end after --max-minutes."""
+
+
+class Runner:
+    """One call of the benchmark.
+
+    Args:
+        records: what is on file already.
+        context: what decides numbers besides the cells themselves: machine, versions, commit.
+        max_s: stop before a step that would probably end later than this; the first step is always taken.
+    """
+
+    def __init__(
+        self,
+        set_name: str,
+        jobs: tuple[Job, ...],
+        machine: Machine,
+        out: Path,
+        *,
+        records: list[Record],
+        provenance: dict[str, Any],
+        context: dict[str, Any],
+        max_s: float | None = None,
+    ) -> None:
+        self._set_name = set_name
+        self._machine = machine
+        self._out = out
+        self._provenance = provenance
+        self._context = context
+        self._deadline = None if max_s is None else time.monotonic() + max_s
+        self._has_begun = False
+        self._finished = {record["key"] for record in records if record["record"] in DONE}
+        self._jobs = jobs
+        self._bar: Any = None
+        self.is_out_of_time = False
+
+    @property
+    def pending(self) -> list[Turn]:
+        """Turns that are not on file, in order."""
+        return [
+            turn
+            for job in self._jobs
+            for turn in turns(job, self._machine, self._context)
+            if turn.key not in self._finished
+        ]
+
+    def run(self) -> bool:
+        """Work until everything is on file (True), or until nothing more can be done in this call (False)."""
+        with tqdm(total=len(self.pending), unit="turn", dynamic_ncols=True) as self._bar:
+            try:
+                for job in self._jobs:
+                    if side_by_side(job, self._machine) and len(job.contenders) > 1:
+                        self._run_paired(job)
+                    else:
+                        self._run_alternating(job)
+            except OutOfTimeError:
+                self.is_out_of_time = True
+        return not self.pending
+
+    def note_skips(self, skips: Sequence[Skip]) -> None:
+        """Put on file what this machine could not run: the page may be made on another one."""
+        for skip in skips:
+            key = digest("skip", self._set_name, skip, self._context)
+            if key not in self._finished:
+                self._record({"record": "skip", "key": key, "what": skip.what, "reason": skip.reason})
+
+    # one job
+
+    def _run_paired(self, job: Job) -> None:
+        """The baseline stays up; the others come one at a time and take turns with it."""
+        baseline, *others = job.contenders
+        source = PromptSource(job.target)
+        if not self._is_open(job, None):
+            return
+        try:
+            with self._server(job, baseline) as reference:
+                self._keep_reference(job, reference, source)
+                for other in others:
+                    if not self._is_open(job, other):
+                        continue
+                    self._gate_apart(job, other, source)
+                    with self._failing(job, other.name), self._server(job, other) as server:
+                        self._gate(job, other, server, source)
+                        servers = {baseline.name: reference, other.name: server}
+                        self._take(job, servers, source, pair=other.name)
+        except ServerError as error:
+            self._record_failures(job, error, pair=None)
+
+    def _run_alternating(self, job: Job) -> None:
+        """One server at a time, all of them in turn, as often as there are repeats."""
+        source = PromptSource(job.target)
+        for repeat in range(job.repeats):
+            for contender in job.contenders:
+                is_baseline = contender is job.contenders[0]
+                wants_reference = is_baseline and self._lacks_reference(job)
+                own = self._open_turns(job, contender=contender, repeat=repeat)
+                if not own and not wants_reference and not (needs_gate(job, contender) and repeat == 0):
+                    continue
+                if not own and not wants_reference and self._gate_key(job, contender) in self._finished:
+                    continue
+                with self._failing(job, None, contender=contender, repeat=repeat):
+                    if not is_baseline:
+                        self._gate_apart(job, contender, source)
+                    with self._server(job, contender) as server:
+                        if is_baseline:
+                            self._keep_reference(job, server, source)
+                        else:
+                            self._gate(job, contender, server, source)
+                        self._take(job, {contender.name: server}, source, repeat=repeat)
+
+    def _open_turns(self, job: Job, **wanted: Any) -> list[Turn]:
+        return [
+            turn
+            for turn in turns(job, self._machine, self._context)
+            if turn.key not in self._finished and all(getattr(turn, name) == value for name, value in wanted.items())
+        ]
+
+    def _is_open(self, job: Job, contender: Contender | None) -> bool:
+        """Whether a pair, or any pair, has something left to do."""
+        members = job.contenders[1:] if contender is None else (contender,)
+        return any(
+            self._open_turns(job, pair=member.name)
+            or (needs_gate(job, member) and self._gate_key(job, member) not in self._finished)
+            for member in members
+        )
+
+    def _take(self, job: Job, servers: dict[str, Server], source: PromptSource, **wanted: Any) -> None:
+        """Every open turn that these servers can serve."""
+        warm: set[tuple[str, int, float]] = set()
+        for turn in self._open_turns(job, **wanted):
+            if turn.contender.name not in servers:
+                continue
+            server = servers[turn.contender.name]
+            self._spend(predicted_turn_s(turn, self._machine))
+            self._bar.set_postfix_str(str(turn))
+            scene = turn.scene
+            kind = (turn.contender.name, scene.batch, scene.temperature)
+            if kind not in warm:
+                warm_up(server, source, scene)
+                warm.add(kind)
+            try:
+                # both of a pair get the same prompts; each repeat has its own
+                result = measure(server, source, scene, seed=turn.repeat)
+            except NoSteadyStateError as error:
+                self._record_failure(turn, str(error))
+                continue
+            self._record(
+                {
+                    **describe(turn),
+                    "record": "turn",
+                    "result": result,
+                    "server": {"command": server.command[1:], "startup_s": round(server.startup_s, 1)},
+                }
+            )
+            self._bar.update()
+
+    # servers and time
+
+    @contextlib.contextmanager
+    def _server(self, job: Job, contender: Contender, *, simulate: bool = True) -> Iterator[Server]:
+        self._spend(START_S[self._machine.has_gpu])
+        self._bar.set_postfix_str(f"starting {contender.name} on {job.target.name}")
+        args = (*common_args(job, self._machine), *contender.args)
+        env = environment(job.target, contender, self._machine, simulate=simulate)
+        with Server(
+            job.target.path, *args, env=env, timeout_s=START_TIMEOUT_S, request_timeout_s=REQUEST_TIMEOUT_S
+        ) as server:
+            yield server
+
+    def _spend(self, seconds: float) -> None:
+        if self._deadline is not None and self._has_begun and time.monotonic() + seconds > self._deadline:
+            raise OutOfTimeError
+        self._has_begun = True
+
+    # the gate
+
+    def _gate_key(self, job: Job, contender: Contender) -> str:
+        return digest("gate", job.target.identity, contender, common_args(job, self._machine), self._context)
+
+    def _reference_path(self, job: Job) -> Path:
+        name = digest(job.target.identity, job.contenders[0], common_args(job, self._machine), self._context)
+        return self._out / "gate" / f"{name}.json"
+
+    def _lacks_reference(self, job: Job) -> bool:
+        wanted = any(
+            needs_gate(job, contender) and self._gate_key(job, contender) not in self._finished
+            for contender in job.contenders
+        )
+        return wanted and not self._reference_path(job).exists()
+
+    def _keep_reference(self, job: Job, server: Server, source: PromptSource) -> None:
+        if self._lacks_reference(job):
+            answers = gate.answers(server, gate.gate_prompts(source, job.target))
+            gate.save_reference(self._reference_path(job), answers)
+
+    def _gate_apart(self, job: Job, contender: Contender, source: PromptSource) -> None:
+        """Where acceptance is simulated, a server of the gate's own, without simulation."""
+        if is_simulated(job.target, contender) and self._gate_is_open(job, contender):
+            with self._failing(job, None, contender=contender), self._server(job, contender, simulate=False) as server:
+                self._compare(job, contender, server, source)
+
+    def _gate(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
+        if not is_simulated(job.target, contender) and self._gate_is_open(job, contender):
+            self._compare(job, contender, server, source)
+
+    def _gate_is_open(self, job: Job, contender: Contender) -> bool:
+        return needs_gate(job, contender) and self._gate_key(job, contender) not in self._finished
+
+    def _compare(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
+        reference = gate.load_reference(self._reference_path(job))
+        if reference is None:
+            raise ServerError("the baseline did not answer, so there is nothing to compare with")
+        outputs = gate.answers(server, gate.gate_prompts(source, job.target))
+        verdict = gate.judge(reference, outputs, job.target.dtype)
+        self._record(
+            {
+                "record": "gate",
+                "key": self._gate_key(job, contender),
+                "target": job.target.name,
+                "has_weights": job.target.has_weights,
+                "contender": contender.name,
+                "contender_args": list(contender.args),
+                **verdict,
+            }
+        )
+        if not verdict["ok"]:
+            tqdm.write(f"parity gate is RED for {contender.name} on {job.target.name}: {verdict['report']}")
+
+    # records
+
+    def _record(self, record: Record) -> None:
+        whole = {**record, "set": self._set_name, "context": digest(self._context), "provenance": self._provenance}
+        append_record(self._out / "results.jsonl", whole)
+        if record["record"] in DONE:
+            self._finished.add(record["key"])
+
+    def _record_failure(self, turn: Turn, reason: str) -> None:
+        tqdm.write(f"failed: {turn}: {reason.splitlines()[0]}")
+        self._record({**describe(turn), "record": "failure", "reason": reason})
+
+    @contextlib.contextmanager
+    def _failing(self, job: Job, pair: str | None, **wanted: Any) -> Iterator[None]:
+        """A server that does not start, or dies, costs its own turns and no others."""
+        try:
+            yield
+        except ServerError as error:
+            self._record_failures(job, error, pair=pair, **wanted)
+
+    def _record_failures(self, job: Job, error: ServerError, *, pair: str | None, **wanted: Any) -> None:
+        if pair is not None:
+            wanted["pair"] = pair
+        for turn in self._open_turns(job, **wanted):
+            self._record_failure(turn, str(error)[:4000])

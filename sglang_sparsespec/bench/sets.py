@@ -1,0 +1,257 @@
+"""The named sets of cells. Each function says what it measures and why; nothing here touches a server.
+
+A set is built for a machine: what the machine or the call cannot give comes back as a Skip with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sglang_sparsespec.bench import contenders as who
+from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
+from sglang_sparsespec.bench.workloads import FILE_PROMPT_TOKENS, WORKLOADS
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sglang_sparsespec.bench.machine import Machine
+
+GREEDY, SAMPLED = 0.0, 0.6
+FILL_TOKENS = {"qwen3-1.7b": 400_000, "qwen3-8b": 380_000, "qwen3-14b": 250_000}
+"""Pool tokens at the end of a growing run, batch 128: what an 80 GB card holds beside the weights."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for besides the name of the set."""
+
+    model: Target | None = None
+    """The real model; None where there is none here."""
+    shapes: tuple[Target, ...] = ()
+    tiny: Target | None = None
+    eagle3_draft: str | None = None
+    spec_args: tuple[str, ...] = ()
+    """Options for every SPARSESPEC contender."""
+    named: tuple[str, ...] = ()
+    """Contenders of the user's, NAME=OPTIONS."""
+    accept_lengths: dict[str, float] = field(default_factory=lambda: dict(who.SIMULATED_ACCEPT_LENGTHS))
+    repeats: int = 2
+    prompts: str = ""
+    batch: int | None = None
+    new_tokens: int | None = None
+    requests: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    jobs: tuple[Job, ...]
+    skips: tuple[Skip, ...]
+
+
+NO_MODEL = "there is no real model here: ./scripts/quickstart.sh makes one, or --model PATH names one"
+NO_GPU = "it needs a GPU"
+
+
+def smoke(machine: Machine, request: Request) -> Plan:
+    """Everything once, small: a random tiny model on a CPU. Shows that the harness works; its ratios mean nothing."""
+    assert request.tiny is not None, "the caller makes the tiny model"
+    members, skips = _rivals(machine, request, ("pillar", "window"), real=True)
+    scenes = (
+        Scene(2, 256, 64),
+        Scene(8, 256, 64),
+        Scene(2, 1024, 64),
+        Scene(8, 1024, 256, num_slices=4),
+        Scene(8, 1024, 64, temperature=0.65),
+    )
+    return Plan((Job(request.tiny, members, scenes, request.repeats, request.tiny.name),), tuple(skips))
+
+
+def core(machine: Machine, request: Request) -> Plan:
+    """One H100, at most 12 server starts: every rival on a real model, and ours against plain on the 1.7B shape."""
+    if not machine.has_gpu:
+        return _needs_gpu("core")
+    jobs, skips = [], []
+    if request.model is None:
+        skips.append(Skip("real model", NO_MODEL))
+    else:
+        members, missing = _rivals(machine, request, ("pillar", "window"), real=True)
+        skips += missing
+        scenes = (Scene(128, 2048, 256), Scene(128, 4096, 256), Scene(128, 4096, 256, temperature=SAMPLED))
+        jobs.append(_job(request, request.model, members, scenes))
+    shapes = [target for target in request.shapes if target.name == "qwen3-1.7b"]
+    jobs += [_job(request, target, _pair(machine, request), (growing(target.name),)) for target in shapes]
+    if machine.backends[1:]:
+        skips.append(Skip("shapes on " + ", ".join(machine.backends[1:]), "twelve server starts; set full has them"))
+    return _fitting(machine, jobs, skips)
+
+
+def gpu_table(machine: Machine, request: Request) -> Plan:
+    """The headline table: 1.7B and 8B shapes over pool fill and batch, and a real small model at 2K to 8K contexts."""
+    if not machine.has_gpu:
+        return _needs_gpu("gpu-table")
+    jobs, skips = [], []
+    if request.model is None:
+        skips.append(Skip("real model", NO_MODEL))
+    else:
+        lengths = (2048, 4096, 7680)
+        scenes = tuple(Scene(128, n, 256, temperature=t) for n in lengths for t in (GREEDY, SAMPLED))
+        jobs.append(_job(request, request.model, _pair(machine, request), scenes))
+    for target in request.shapes:
+        if target.name == "qwen3-14b":
+            continue
+        scenes = (growing(target.name), *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch)))
+        best = [c for c in who.plain(machine)[0] if c.name in ("plain/fa3",)]
+        members = _pair(machine, request)
+        jobs.append(_job(request, target, (members[0], *best, *members[1:]), scenes))
+    if "triton" in machine.backends[1:]:
+        skips.append(Skip("plain/triton", "not in this set; sets core and full have it"))
+    return _fitting(machine, jobs, skips)
+
+
+def full(machine: Machine, request: Request) -> Plan:
+    """The cross of everything; hours."""
+    if not machine.has_gpu:
+        return _needs_gpu("full")
+    jobs, skips = [], []
+    members, missing = _rivals(machine, request, who.useful_policies(), real=True)
+    if request.model is None:
+        skips.append(Skip("real model", NO_MODEL))
+    else:
+        skips += missing
+        scenes = tuple(
+            Scene(batch, length, 256, temperature=temperature)
+            for batch in (1, 8, 32, 128)
+            for length in (1024, 4096, 7680)
+            for temperature in (GREEDY, SAMPLED)
+        )
+        jobs.append(_job(request, request.model, members, scenes))
+    members, missing = _rivals(machine, request, ("pillar",), real=False)
+    skips += [skip for skip in missing if skip not in skips]
+    for target in request.shapes:
+        scenes = (growing(target.name), *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch)))
+        jobs.append(_job(request, target, members, scenes))
+    return _fitting(machine, jobs, skips)
+
+
+def workload(name: str, machine: Machine, request: Request) -> Plan:
+    """A paper's load on the user's model: every rival, answers as long as the model makes them."""
+    preset = WORKLOADS[name]
+    if request.model is None:
+        return Plan((), (Skip("real model", NO_MODEL),))
+    members, skips = _rivals(machine, request, ("pillar", "window"), real=True)
+    batch = request.batch or preset.batch
+    prompt_tokens = FILE_PROMPT_TOKENS if request.prompts else preset.prompt_tokens
+    room = request.model.shape.context - prompt_tokens - 16
+    scene = Scene(
+        batch,
+        prompt_tokens,
+        min(request.new_tokens or preset.new_tokens, room),
+        temperature=preset.temperature,
+        top_p=preset.top_p,
+        top_k=preset.top_k,
+        num_requests=request.requests or 2 * batch,
+        ignore_eos=False,
+        prompts=request.prompts,
+    )
+    return _fitting(machine, [_job(request, request.model, members, (scene,))], skips)
+
+
+SETS: dict[str, Callable[[Machine, Request], Plan]] = {
+    "smoke": smoke,
+    "core": core,
+    "full": full,
+    "gpu-table": gpu_table,
+    "paper": lambda machine, request: workload("paper", machine, request),
+    "vegas": lambda machine, request: workload("vegas", machine, request),
+}
+
+
+def growing(shape: str, prompt_tokens: int = 512, batch: int = 128) -> Scene:
+    """Every pool fill from the prompts to FILL_TOKENS in one run: no request ends before."""
+    new_tokens = FILL_TOKENS[shape] // batch - prompt_tokens
+    return Scene(batch, prompt_tokens, new_tokens, num_slices=8)
+
+
+def fills(shape: str, batch: int, new_tokens: int = 256, longest: int = 32_768) -> tuple[Scene, ...]:
+    """A quarter, a half and all of FILL_TOKENS, as far as contexts of `longest` tokens fill the pool."""
+    lengths = [min(longest, FILL_TOKENS[shape] // part // batch) - new_tokens for part in (4, 2, 1)]
+    return tuple(Scene(batch, length, new_tokens) for length in dict.fromkeys(lengths))
+
+
+def _rivals(
+    machine: Machine, request: Request, policies: tuple[str, ...], *, real: bool
+) -> tuple[tuple[Contender, ...], list[Skip]]:
+    found, skips = who.plain(machine)
+    lengths = request.accept_lengths
+    draft = request.eagle3_draft if real else None
+    for members, missing in (who.ngram(machine, lengths["ngram"]), who.eagle3(machine, draft, lengths["eagle3"])):
+        found += members
+        skips += missing
+    found += who.sparsespec(machine, policies, lengths["sparsespec"], request.spec_args)
+    found += [who.named(machine, text, lengths["sparsespec"]) for text in request.named]
+    return tuple(found), skips
+
+
+def _pair(machine: Machine, request: Request) -> tuple[Contender, ...]:
+    """Plain on the backend that we run on, and ours."""
+    length = request.accept_lengths["sparsespec"]
+    ours = who.sparsespec(machine, ("pillar",), length, request.spec_args)
+    return (who.plain(machine)[0][0], *ours, *(who.named(machine, text, length) for text in request.named))
+
+
+def _job(request: Request, target: Target, members: tuple[Contender, ...], scenes: tuple[Scene, ...]) -> Job:
+    """Random weights cannot tell right output from wrong: the real model is the gate where there is one."""
+    gate_on = target.name if target.has_weights or request.model is None else request.model.name
+    return Job(target, members, scenes, request.repeats, gate_on)
+
+
+def _needs_gpu(name: str) -> Plan:
+    return Plan((), (Skip(f"set {name}", f"{NO_GPU}; sets smoke, paper and vegas run on a CPU"),))
+
+
+def _fitting(machine: Machine, jobs: list[Job], skips: list[Skip]) -> Plan:
+    """Leave out, with the reason, what does not fit the memory or the context."""
+    kept = []
+    for job in jobs:
+        scenes = []
+        for scene in job.scenes:
+            # answers that end by themselves share what pool there is; one of full length must fit
+            tokens = scene.pool_tokens if scene.ignore_eos else scene.pool_tokens // scene.batch
+            needed = job.target.weights_bytes + tokens * job.target.kv_bytes_per_token
+            if scene.prompt_tokens + scene.new_tokens > job.target.shape.context:
+                skips.append(Skip(f"{job.target.name}: {scene}", f"its context is {job.target.shape.context} tokens"))
+            elif needed > 0.95 * machine.memory_bytes:
+                memory = f"{needed / 2**30:.0f} GiB of weights and KV, and {machine.name} has "
+                memory += f"{machine.memory_bytes / 2**30:.0f}"
+                skips.append(Skip(f"{job.target.name}: {scene}", f"it needs {memory}"))
+            else:
+                scenes.append(scene)
+        if scenes:
+            kept.append(dataclasses.replace(job, scenes=tuple(scenes)))
+    return Plan(tuple(kept), tuple(skips))
+
+
+def check(name: str, request: Request) -> None:
+    """Refuse what would be ignored.
+
+    Raises:
+        ConfigError: for an option of workloads with another set, and for two contenders of one name.
+    """
+    if name not in WORKLOADS:
+        for option, value in (
+            ("--prompts", request.prompts),
+            ("--batch", request.batch),
+            ("--new-tokens", request.new_tokens),
+            ("--requests", request.requests),
+        ):
+            if value:
+                workloads = " and ".join(WORKLOADS)
+                raise ConfigError(option, value, f"left out with set {name}", f"It belongs to the sets {workloads}.")
+    names = [text.partition("=")[0] for text in request.named]
+    taken = {*who.useful_policies(), *(name for i, name in enumerate(names) if name in names[:i])}
+    for name in names:
+        if name in taken:
+            raise ConfigError("--contender", name, "a name of its own", "Another contender has this name.")

@@ -1,0 +1,153 @@
+"""From the records of a file to the rows of a table: medians, spreads, and speed-ups where the parity gate allows them.
+
+Pure functions on records. A speed-up compares turns that were taken in turn with the same baseline server.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_sparsespec.bench.cells import digest
+from sglang_sparsespec.bench.window import spread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang_sparsespec.bench.records import Record
+
+CLIENT_LIMIT = 0.05
+"""Client and scheduler that disagree by more than this share: the stream was slower than the engine."""
+TIMES = ("round_ms", "itl_p50_ms", "itl_p99_ms", "chunk_gap_p99_ms")
+GAUGES = ("accept_length", "pool_tokens", "running", "pool_used_peak", "pool_size", "gpu_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell: a contender on a target in a scene, over all its turns."""
+
+    target: str
+    contender: str
+    label: str
+    scene: dict[str, Any]
+    acceptance: str
+    is_baseline: bool
+    turns: tuple[Record, ...]
+    tokens_per_s: float
+    spread: float
+    medians: dict[str, float | None]
+    is_client_limited: bool
+    ratio: float | None
+    """Tokens per second over the baseline's; None where it may not be given."""
+    refusal: str = ""
+    """Why there is no ratio."""
+    over_best_plain: float | None = None
+    """The same over the fastest plain backend of the scene."""
+
+
+def current(records: Sequence[Record]) -> tuple[list[Record], int]:
+    """The records of the latest run's context, and how many others there are (another commit, version or machine)."""
+    if not records:
+        return [], 0
+    latest = records[-1]["context"]
+    kept = [record for record in records if record["context"] == latest]
+    return kept, len(records) - len(kept)
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row per cell, in the order in which cells were first measured."""
+    cells: dict[str, list[Record]] = {}
+    for record in records:
+        if record["record"] == "turn":
+            cells.setdefault(digest(record["target"], record["contender_args"], record["scene"]), []).append(record)
+    gates = [record for record in records if record["record"] == "gate"]
+    return _over_best_plain([_row(turns, records, gates) for turns in cells.values()])
+
+
+def _row(turns: list[Record], records: Sequence[Record], gates: list[Record]) -> Row:
+    first = turns[0]
+    speeds = [turn["result"]["tokens_per_s"] for turn in turns]
+    medians = {name: _median(turn["result"].get(name) for turn in turns) for name in (*TIMES, *GAUGES)}
+    is_limited = any(_is_client_limited(turn) for turn in turns)
+    refusal = gate_refusal(first, gates)
+    ratio = None
+    if not refusal:
+        baseline = [
+            record
+            for record in records
+            if record["record"] == "turn"
+            and record["is_baseline"]
+            and (record["target"], record["scene"]) == (first["target"], first["scene"])
+            and (first["is_baseline"] or record["pair"] == first["pair"])
+        ]
+        ratio = _ratio(turns, baseline) if baseline else None
+        refusal = "" if baseline else "the baseline has no turn yet"
+    return Row(
+        target=first["target"],
+        contender=first["contender"],
+        label=first["label"],
+        scene=first["scene"],
+        acceptance=_acceptance(first),
+        is_baseline=first["is_baseline"],
+        turns=tuple(turns),
+        tokens_per_s=statistics.median(speeds),
+        spread=spread(speeds),
+        medians=medians,
+        is_client_limited=is_limited,
+        ratio=ratio,
+        refusal=refusal,
+    )
+
+
+def gate_refusal(turn: Record, gates: Sequence[Record]) -> str:
+    """Why a turn's speed-up may not be given; empty where it may. Plain backends need no gate: they are the rule."""
+    if turn["acceptance"] == "none":
+        return ""
+    verdicts = [
+        gate for gate in gates if gate["target"] == turn["gate_on"] and gate["contender_args"] == turn["contender_args"]
+    ]
+    if not verdicts:
+        return f"no parity check on {turn['gate_on']} yet"
+    return "" if verdicts[-1]["ok"] else f"parity on {turn['gate_on']} is red"
+
+
+def _acceptance(turn: Record) -> str:
+    if turn["simulated_accept_length"] is None:
+        return "" if turn["acceptance"] == "none" else "real"
+    return f"simulated, {turn['simulated_accept_length']:g}"
+
+
+def _is_client_limited(turn: Record) -> bool:
+    result = turn["result"]
+    scheduler = result.get("scheduler_tokens_per_s")
+    return scheduler is not None and scheduler > (1 + CLIENT_LIMIT) * result["tokens_per_s"]
+
+
+def _ratio(turns: Sequence[Record], baseline: Sequence[Record]) -> float:
+    """By the client's clock; by the scheduler's where either side's client could not keep up and both have it."""
+    both = [*turns, *baseline]
+    name = "tokens_per_s"
+    if any(map(_is_client_limited, both)) and all(turn["result"].get("scheduler_tokens_per_s") for turn in both):
+        name = "scheduler_tokens_per_s"
+    return statistics.median(t["result"][name] for t in turns) / statistics.median(t["result"][name] for t in baseline)
+
+
+def _over_best_plain(found: list[Row]) -> list[Row]:
+    """Plain backends are compared through the baseline, with which each of them took turns."""
+    best: dict[str, float] = {}
+    for row in found:
+        if row.ratio is not None and not row.acceptance:
+            key = digest(row.target, row.scene)
+            best[key] = max(best.get(key, 0.0), row.ratio)
+    done = []
+    for row in found:
+        top = best.get(digest(row.target, row.scene))
+        over = row.ratio / top if row.ratio is not None and top else None
+        done.append(Row(**{**vars(row), "over_best_plain": over}))
+    return done
+
+
+def _median(values: Any) -> float | None:
+    present = [value for value in values if value is not None]
+    return statistics.median(present) if present else None

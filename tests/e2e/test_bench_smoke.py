@@ -1,0 +1,56 @@
+"""`python -m sglang_sparsespec.bench smoke`, whole: real servers, gate, turns, page, plots, and a second call."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.server import server_env
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+
+def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_sparsespec.bench", "smoke", "--repeats", "1", "--out", str(out), *options]
+    return subprocess.run(command, env=server_env(), capture_output=True, text=True, check=False)
+
+
+def test_smoke_measures_everyone_and_resumes(tmp_path: Path) -> None:
+    """A set that ends with a page but without a number, a plot or a gate; a second call that starts servers again."""
+    done = bench(tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    gates = {record["contender"]: record["ok"] for record in records if record["record"] == "gate"}
+    assert gates == {"sparsespec/pillar": True, "sparsespec/window": True}
+    turns = [record for record in records if record["record"] == "turn"]
+    # five scenes, two pairs of two
+    assert len(turns) == 20
+    assert {record["record"] for record in records} == {"turn", "gate", "skip"}
+    for turn in turns:
+        result, scene = turn["result"], turn["scene"]
+        assert result["running"] == pytest.approx(scene["batch"], abs=0.01)
+        assert result["tokens_per_s"] > 0
+        longest = scene["batch"] * (scene["prompt_tokens"] + scene["new_tokens"])
+        assert scene["batch"] * scene["prompt_tokens"] <= result["pool_tokens"] <= longest
+        assert (result["accept_length"] or 1.0) <= 9
+        assert (result["accept_length"] is None) == (turn["contender"] == "plain/torch_native")
+        assert turn["provenance"]["versions"]["sglang"] == "0.5.17"
+        assert turn["acceptance"] in ("none", "real")
+    page = (tmp_path / "report.md").read_text()
+    assert "refused" not in page
+    assert "Triton kernels, which need a GPU" in page
+    assert {"speedup-tiny-qwen3-by-fill.png", "throughput-tiny-qwen3-by-batch-1024.png"} <= {
+        path.name for path in tmp_path.glob("*.png")
+    }
+
+    again = bench(tmp_path)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "about 0 minutes for the 0 turns" in again.stdout
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(records)

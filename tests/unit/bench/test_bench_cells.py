@@ -1,0 +1,116 @@
+"""Keys, order, server starts and the file of results: what makes a run resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec.bench import planner
+from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target, turn_key
+from sglang_sparsespec.bench.records import append_record, read_records
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sglang_sparsespec.bench.machine import Machine
+
+CONTEXT: dict[str, Any] = {"machine": "x", "commit": "abc", "versions": {"sglang": "0.5.17"}}
+
+
+def test_key_follows_everything_that_decides_a_number(job: Job) -> None:
+    """Two configurations under one key: the second is never measured and gets the first one's number."""
+    target, contender, scene = job.target, job.contenders[1], job.scenes[0]
+
+    def key(**other: Any) -> str:
+        whole: dict[str, Any] = {
+            "target": target,
+            "contender": contender,
+            "scene": scene,
+            "pair": "",
+            "repeat": 0,
+            "context": CONTEXT,
+        } | other
+        return turn_key(whole.pop("target"), whole.pop("contender"), whole.pop("scene"), **whole)
+
+    keys = [
+        key(),
+        key(target=dataclasses.replace(target, dtype="float16")),
+        key(target=dataclasses.replace(target, has_weights=False)),
+        key(contender=dataclasses.replace(contender, args=(*contender.args, "--sparsespec-sink", "0"))),
+        key(contender=dataclasses.replace(contender, simulated_accept_length=5.0)),
+        key(scene=dataclasses.replace(scene, temperature=0.6)),
+        key(pair="x"),
+        key(repeat=1),
+        key(context={**CONTEXT, "commit": "def"}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
+    # a shape's folder is made anew beside each file of results
+    shape = dataclasses.replace(target, has_weights=False)
+    assert key(target=shape) == key(target=dataclasses.replace(shape, path="/elsewhere"))
+
+
+def test_pairs_take_turns(job: Job, h100: Machine) -> None:
+    """All of one, then all of the other, would take a drift of the machine for a difference."""
+    assert planner.side_by_side(job, h100)
+    order = [(turn.contender.name, turn.scene.batch, turn.repeat) for turn in planner.turns(job, h100, CONTEXT)]
+    a, b = (contender.name for contender in job.contenders)
+    expected = [(name, scene.batch, i) for scene in job.scenes for i in range(2) for name in (a, b)]
+    assert order == expected
+    assert planner.num_starts(job, h100) == 2
+
+
+def test_servers_that_do_not_fit_together_alternate(
+    shape_target: Target, plain: Contender, ours: Contender, h100: Machine
+) -> None:
+    """46 GB of KV leave no room for a second server: ABAB over restarts."""
+    scene = Scene(128, 512, 2600)
+    job = Job(shape_target, (plain, ours), (scene,), 2, "small")
+    assert not planner.side_by_side(job, h100)
+    names = [turn.contender.name for turn in planner.turns(job, h100, CONTEXT)]
+    assert names == [plain.name, ours.name] * 2
+    assert planner.num_starts(job, h100) == 4
+    # without a real model the gate needs a server of its own, without simulation
+    alone = dataclasses.replace(job, gate_on=shape_target.name)
+    assert planner.num_starts(alone, h100) == 5
+
+
+def test_servers_get_the_pool_and_the_batch_of_their_largest_scene(job: Job, h100: Machine) -> None:
+    """A pool below batch x context queues requests, and the batch that was asked for never runs."""
+    scenes = (Scene(64, 4096, 256), Scene(128, 1024, 256))
+    args = planner.common_args(dataclasses.replace(job, scenes=scenes), h100)
+    options = dict(itertools.pairwise(args))
+    assert int(options["--max-total-tokens"]) >= 64 * (4096 + 256)
+    assert int(options["--max-running-requests"]) > 128
+
+
+def test_records_come_back_and_the_later_of_two_counts(tmp_path: Path) -> None:
+    """A failure that a later turn has mended must not stay failed."""
+    path = tmp_path / "out" / "results.jsonl"
+    assert read_records(path) == []
+    for record in ({"key": "a", "n": 1}, {"key": "b", "n": 2}, {"key": "a", "n": 3}):
+        append_record(path, record)
+    assert read_records(path) == [{"key": "b", "n": 2}, {"key": "a", "n": 3}]
+
+
+def test_a_line_that_was_cut_off_is_lost_alone(tmp_path: Path) -> None:
+    """A killed run leaves half a line; the records before it took minutes each."""
+    path = tmp_path / "results.jsonl"
+    append_record(path, {"key": "a"})
+    with path.open("a") as file:
+        file.write('{"key": "b", "resu')
+    assert read_records(path) == [{"key": "a"}]
+    append_record(path, {"key": "c"})
+    assert read_records(path) == [{"key": "a"}, {"key": "c"}]
+
+
+def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+    """Something else wrote to this file; going on would drop its results silently."""
+    path = tmp_path / "results.jsonl"
+    path.write_text('nonsense\n{"key": "a"}\n')
+    with pytest.raises(ConfigError, match="line 1 of"):
+        read_records(path)

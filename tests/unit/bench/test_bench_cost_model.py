@@ -1,0 +1,100 @@
+"""The cost model against numbers worked out by hand, and against what was measured on an H100."""
+
+from __future__ import annotations
+
+import pytest
+
+from sglang_sparsespec.bench import cost_model
+from sglang_sparsespec.bench.shapes import SHAPES, shape_from_config
+
+SMALL = shape_from_config(SHAPES["qwen3-1.7b"])
+LARGE = shape_from_config(SHAPES["qwen3-8b"])
+H100 = cost_model.ROOFLINES["H100"]
+
+
+def test_round_time_is_the_formula() -> None:
+    """k (W + s A/u + o) + V + A (1 + c) + extra, at W 2.7, A 15.2: a lost term would move the bar."""
+    found = cost_model.round_time(
+        2.7, 15.2, num_steps=8, kv_share=0.06, gather_efficiency=0.75, gap_ms=0.2, verify_ms=4.0, extra_ms=1.0
+    )
+    assert found.terms() == pytest.approx(
+        {
+            "draft_weights": 21.6,
+            "draft_kv": 8 * 0.06 * 15.2 / 0.75,
+            "draft_gaps": 1.6,
+            "verify_products": 4.0,
+            "verify_kv": 15.2,
+            "capture": 1.52,
+            "extra": 1.0,
+        }
+    )
+    assert found.total == pytest.approx(sum(found.terms().values()))
+
+
+def test_speedup_of_the_issue() -> None:
+    """The design's own example: 6.16 of 8 accepted, 1.7B at 400K tokens, about 2.3 times."""
+    verify_ms = 1e3 * cost_model.products_s(SMALL, H100, rows=9 * 128, bytes_per_value=2)
+    found = cost_model.round_time(2.7, 15.2, num_steps=8, kv_share=0.06, verify_ms=verify_ms)
+    assert cost_model.speedup(7.16, 2.7, 15.2, found.total) == pytest.approx(2.3, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"kv_share": 0.0}, "kv_share"),
+        ({"gather_efficiency": 1.5}, "gather_efficiency"),
+        ({"gap_ms": -1.0}, "negative"),
+        ({"num_steps": 0}, "at least one"),
+    ],
+)
+def test_round_time_refuses_impossible_terms(wrong: dict[str, float], message: str) -> None:
+    """A share above 1 or a negative time would give a speed-up that no machine can have."""
+    terms: dict[str, float] = {"num_steps": 8, "kv_share": 0.05, "verify_ms": 1.0, **wrong}
+    with pytest.raises(ValueError, match=message):
+        cost_model.round_time(1.0, 1.0, **terms)  # type: ignore[arg-type]
+
+
+def test_budget_share_has_a_floor_and_a_ceiling() -> None:
+    """Below the floor a draft reads everything; far above it the ratio alone counts."""
+    assert cost_model.budget_share(100) == 1.0
+    assert cost_model.budget_share(3125) == pytest.approx(192 / 3125)
+    assert cost_model.budget_share(100_000) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pool", "measured_ms"), [(SMALL, 400_000, 17.9), (SMALL, 156_000, 8.9), (LARGE, 248_000, 19.7)]
+)
+def test_step_times_are_near_what_was_measured(shape: object, pool: int, measured_ms: float) -> None:
+    """The roofline of an H100 against plain SGLang there (2026-11-22, 127 running): what it leaves out is the gap."""
+    weights, kv = cost_model.step_times(shape, H100, rows=127, pool_tokens=pool, bytes_per_value=2)  # type: ignore[arg-type]
+    assert 0.75 * measured_ms < weights + kv < measured_ms * 1.02
+
+
+def test_products_are_bound_by_reading_or_by_multiplying() -> None:
+    """A verify of 9 x 128 rows costs more than a read of the weights; one of 9 x 8 rows does not."""
+    read = cost_model.products_s(LARGE, H100, rows=1, bytes_per_value=2)
+    assert cost_model.products_s(LARGE, H100, rows=72, bytes_per_value=2) == read
+    assert cost_model.products_s(LARGE, H100, rows=1152, bytes_per_value=2) > 2 * read
+
+
+def test_shapes_have_the_parameters_of_their_names() -> None:
+    """A wrong width would make W, and with it every speed-up of the model, wrong."""
+    sizes = {name: shape_from_config(config).stored_params / 1e9 for name, config in SHAPES.items()}
+    assert sizes == pytest.approx({"qwen3-1.7b": 1.72, "qwen3-8b": 8.19, "qwen3-14b": 14.77}, rel=0.01)
+    assert SMALL.kv_values_per_token * 2 == 114_688
+
+
+def test_fit_step_finds_the_line() -> None:
+    """W and A are read off the plain server's steps at several fills."""
+    fills = [75_000.0, 156_000.0, 278_000.0, 400_000.0]
+    fit = cost_model.fit_step(fills, [5.5, 8.9, 13.3, 17.9])
+    assert fit is not None
+    assert fit[0] == pytest.approx(2.7, abs=0.3)
+    assert fit[1] * 1e6 == pytest.approx(38, abs=1)
+    assert cost_model.fit_step([1000.0, 1000.0], [1.0, 2.0]) is None
+    assert cost_model.fit_step([], []) is None
+
+
+def test_terms_are_off_on_either_side() -> None:
+    """A round that is much faster than the model says as much about the model as one that is slower."""
+    assert [cost_model.is_off(measured, 10.0) for measured in (7.9, 8.1, 11.9, 12.1)] == [True, False, False, True]

@@ -1,0 +1,223 @@
+"""The order of servers, gates and turns, and what a run leaves behind when it is cut off or something fails.
+
+Servers, answers and measurements are replaced; everything between them is the real thing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec.bench import gate, runner
+from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target
+from sglang_sparsespec.bench.planner import num_starts
+from sglang_sparsespec.bench.records import read_records
+from sglang_sparsespec.bench.runner import Runner
+from sglang_sparsespec.bench.server import ServerError
+from sglang_sparsespec.bench.window import NoSteadyStateError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sglang_sparsespec.bench.machine import Machine
+
+CONTEXT = {"machine": "x", "commit": "abc"}
+
+
+class FakeServer:
+    """Counts who is up, and with which environment."""
+
+    events: list[tuple[str, str, str | None]]
+    broken = ""
+    """Servers with this argument do not start."""
+
+    def __init__(self, model: str, *args: str, env: dict[str, str | None], **_: Any) -> None:
+        self.name = "ours" if "SPARSESPEC" in args else "plain"
+        self.env = env
+        self.command = ["python", *args]
+        self.startup_s = 1.0
+        self._args = args
+
+    def __enter__(self) -> FakeServer:
+        if FakeServer.broken in self._args:
+            raise ServerError("the server died while starting")
+        FakeServer.events.append(("start", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
+
+
+class World:
+    """What the runner sees instead of servers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured: list[tuple[str, int, int]] = []
+        self.gated: list[str] = []
+        self.answer = {"plain": [1, 2], "ours": [1, 2]}
+        self.error: Exception | None = None
+        FakeServer.events = []
+        FakeServer.broken = ""
+        monkeypatch.setattr(runner, "Server", FakeServer)
+        monkeypatch.setattr(runner, "warm_up", lambda *args: None)
+        monkeypatch.setattr(runner, "measure", self.measure)
+        monkeypatch.setattr(gate, "gate_prompts", lambda *args: [[1]])
+        monkeypatch.setattr(gate, "answers", self.answers)
+
+    def measure(self, server: FakeServer, source: Any, scene: Scene, seed: int) -> dict[str, Any]:
+        if self.error is not None:
+            raise self.error
+        self.measured.append((server.name, scene.batch, seed))
+        return {"tokens_per_s": 1.0}
+
+    def answers(self, server: FakeServer, prompts: Any) -> list[Any]:
+        self.gated.append(server.name)
+        tokens = self.answer[server.name]
+        top = [[[-0.1, token, None], [-9.0, 99, None]] for token in tokens]
+        return [{"output_ids": tokens, "meta_info": {"output_top_logprobs": top}}]
+
+    @property
+    def starts(self) -> list[tuple[str, str | None]]:
+        return [(name, simulated) for event, name, simulated in FakeServer.events if event == "start"]
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(monkeypatch)
+
+
+def make(job: Job, machine: Machine, out: Path, **options: Any) -> Runner:
+    records = read_records(out / "results.jsonl")
+    return Runner("core", (job,), machine, out, records=records, provenance={}, context=CONTEXT, **options)
+
+
+def kinds(out: Path) -> list[str]:
+    return [record["record"] for record in read_records(out / "results.jsonl")]
+
+
+def test_a_pair_is_gated_and_then_takes_turns(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """Both up, output compared before the first number, the same prompts for both in each repeat."""
+    assert make(job, h100, tmp_path).run()
+    assert world.starts == [("plain", None), ("ours", None)]
+    assert world.gated == ["plain", "ours"]
+    assert world.measured == [(name, batch, i) for batch in (2, 4) for i in (0, 1) for name in ("plain", "ours")]
+    assert kinds(tmp_path) == ["gate"] + ["turn"] * 8
+
+
+def test_a_finished_run_starts_nothing(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """A server start for nothing costs a minute of a lent card."""
+    make(job, h100, tmp_path).run()
+    FakeServer.events.clear()
+    again = make(job, h100, tmp_path)
+    assert again.pending == []
+    assert again.run()
+    assert world.starts == []
+
+
+def test_a_run_that_was_cut_off_does_the_rest(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """Turns on file stay; the gate is not repeated."""
+    make(job, h100, tmp_path).run()
+    lines = (tmp_path / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "results.jsonl").write_text("".join(lines[:4]))
+    world.measured.clear()
+    world.gated.clear()
+    assert make(job, h100, tmp_path).run()
+    assert len(world.measured) == 5
+    assert world.gated == []
+
+
+def test_another_configuration_is_measured_anew(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """Its gate and its turns: none of the old ones are of it."""
+    make(job, h100, tmp_path).run()
+    plain, ours = job.contenders
+    other = dataclasses.replace(ours, args=(*ours.args, "--sparsespec-sink", "0"))
+    world.measured.clear()
+    assert make(dataclasses.replace(job, contenders=(plain, other)), h100, tmp_path).run()
+    assert len([name for name, *_ in world.measured if name == "ours"]) == 4
+    assert world.gated == ["plain", "ours", "ours"]
+
+
+def test_time_that_is_up_stops_before_the_next_step(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """The first step is always taken, or no call would ever get anywhere; then the run ends by itself, servers down."""
+    first = make(job, h100, tmp_path, max_s=0.001)
+    assert not first.run()
+    assert first.is_out_of_time
+    assert world.starts == [("plain", None)]
+    assert FakeServer.events[-1][:2] == ("stop", "plain")
+
+
+@pytest.fixture
+def shapes(shape_target: Target, plain: Contender, ours: Contender) -> Job:
+    return Job(shape_target, (plain, ours), (Scene(128, 512, 2600),), 2, "small")
+
+
+def test_servers_that_do_not_fit_alternate(world: World, shapes: Job, h100: Machine, tmp_path: Path) -> None:
+    """ABAB, simulated acceptance for ours alone, and the real model's gate is not this job's business."""
+    assert make(shapes, h100, tmp_path).run()
+    assert world.starts == [("plain", None), ("ours", "7.16")] * 2
+    assert world.gated == []
+    ups = [1 if event == "start" else -1 for event, *_ in FakeServer.events]
+    assert max(sum(ups[: i + 1]) for i in range(len(ups))) == 1
+    assert len(world.starts) == num_starts(shapes, h100)
+
+
+def test_random_weights_are_gated_with_simulation_off(
+    world: World, shapes: Job, h100: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Simulated acceptance takes wrong drafts for right: output compared under it means nothing."""
+    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "3")
+    alone = dataclasses.replace(shapes, gate_on=shapes.target.name)
+    assert make(alone, h100, tmp_path).run()
+    assert world.starts == [("plain", None), ("ours", None), ("ours", "7.16"), ("plain", None), ("ours", "7.16")]
+    assert world.gated == ["plain", "ours"]
+    assert len(world.starts) == num_starts(alone, h100)
+    [record] = [record for record in read_records(tmp_path / "results.jsonl") if record["record"] == "gate"]
+    assert record["has_weights"] is False
+
+
+def test_a_red_gate_is_on_file(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """The table refuses a speed-up by this record."""
+    world.answer["ours"] = [1, 3]
+    make(job, h100, tmp_path).run()
+    [record] = [record for record in read_records(tmp_path / "results.jsonl") if record["record"] == "gate"]
+    assert not record["ok"]
+    assert "3 instead of 2" in record["report"]
+
+
+def test_a_server_that_does_not_start_costs_its_own_turns(
+    world: World, job: Job, h100: Machine, tmp_path: Path
+) -> None:
+    """The others are measured; the failed ones are on file with the reason and come again at the next call."""
+    plain, ours = job.contenders
+    other = Contender("sparsespec/x", "x", (*ours.args, "--broken"))
+    FakeServer.broken = "--broken"
+    whole = dataclasses.replace(job, contenders=(plain, other, ours))
+    assert not make(whole, h100, tmp_path).run()
+    records = read_records(tmp_path / "results.jsonl")
+    assert {r["contender"] for r in records if r["record"] == "turn"} == {plain.name, ours.name}
+    failures = [r for r in records if r["record"] == "failure"]
+    assert {r["pair"] for r in failures} == {other.name}
+    assert "died while starting" in failures[0]["reason"]
+    FakeServer.broken = ""
+    assert make(whole, h100, tmp_path).run()
+    assert "failure" not in kinds(tmp_path)
+
+
+def test_a_batch_that_was_never_full_is_a_failure(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """Its rate would be that of a smaller batch."""
+    world.error = NoSteadyStateError("never 2 requests decoded at the same time")
+    assert not make(job, h100, tmp_path).run()
+    assert kinds(tmp_path).count("failure") == 8
+
+
+@pytest.mark.parametrize(
+    ("outputs", "ok"), [([[5, 6, 7]], True), ([[5, 8, 7]], False), ([[9, 6, 7]], False)], ids=["same", "wrong", "tie"]
+)
+def test_gate_rule(outputs: list[list[int]], ok: bool) -> None:
+    """A wrong token is red, and so is a run of ties: with one equal token in twenty a tolerance excuses everything."""
+    top = [[[-1.0, token, None], [-1.2, 9, None]] for token in (5, 6, 7)]
+    reference = [{"output_ids": [5, 6, 7], "meta_info": {"output_top_logprobs": top}}]
+    verdict = gate.judge(reference, [{"output_ids": ids} for ids in outputs], "bfloat16")
+    assert verdict["ok"] is ok

@@ -1,0 +1,48 @@
+"""The launcher's own additions to a command line, and what a machine without a GPU is said to lack."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from sglang_sparsespec.bench import machine, server
+
+
+class Small(server.Server):
+    defaults = {"--max-total-tokens": "100", "--skip-server-warmup": None}  # noqa: RUF012
+    cpu_defaults = {"--dtype": "float32"}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("form", [("--speculative-algorithm", "SPARSESPEC"), ("--speculative-algorithm=SPARSESPEC",)])
+def test_plain_servers_alone_get_what_plain_sglang_needs(
+    form: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPARSESPEC chooses its backend and its schedule itself, however the option is spelled."""
+    monkeypatch.setattr(server, "has_gpu", lambda: False)
+    assert "--disable-overlap-schedule" in server.Server.with_defaults(())
+    args = server.Server.with_defaults(form)
+    assert not {"--disable-overlap-schedule", "--attention-backend"} & set(args)
+    assert ("--device", "cpu") in itertools.pairwise(args)
+
+
+def test_given_options_win_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    """argparse takes the last one: a default behind the caller's value would silently replace it."""
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
+    assert Small.with_defaults(()) == ["--max-total-tokens", "100", "--skip-server-warmup"]
+    assert Small.with_defaults(("--max-total-tokens=5",)) == ["--max-total-tokens=5", "--skip-server-warmup"]
+    monkeypatch.setattr(server, "has_gpu", lambda: False)
+    assert Small.with_defaults(("--dtype", "bfloat16")).count("--dtype") == 1
+
+
+def test_a_cpu_names_every_backend_that_it_lacks() -> None:
+    """A backend without a reason would be missing from the list of skips."""
+    found = machine.detect("cpu")
+    assert found.backends == ("torch_native",)
+    assert set(found.missing) == {*machine.GPU_BACKENDS, *machine.CPU_BACKENDS} - set(found.backends)
+    assert not found.has_gpu
+
+
+def test_fa3_needs_a_hopper_card() -> None:
+    """On another card SGLang would end the server with an assertion, minutes into a run."""
+    assert "compute capability 9; this one has 8.0" in machine._missing_gpu_backends((8, 0)).get("fa3", "")

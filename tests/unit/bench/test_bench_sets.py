@@ -1,0 +1,145 @@
+"""What each set measures, what it skips and why, and the limits that the sets promise."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sglang_sparsespec.bench import planner, sets
+from sglang_sparsespec.bench.cells import Target
+from sglang_sparsespec.bench.sets import Request
+from sglang_sparsespec.bench.shapes import SHAPES, shape_from_config
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.bench.machine import Machine
+
+
+@pytest.fixture
+def request_(real_target: Target) -> Request:
+    shapes = tuple(
+        Target(name, f"/shapes/{name}", "bfloat16", shape_from_config(config), has_weights=False)
+        for name, config in SHAPES.items()
+    )
+    return Request(model=real_target, shapes=shapes, tiny=dataclasses.replace(real_target, name="tiny"))
+
+
+def names(plan: sets.Plan) -> set[str]:
+    return {contender.name for job in plan.jobs for contender in job.contenders}
+
+
+def reasons(plan: sets.Plan) -> dict[str, str]:
+    return {skip.what: skip.reason for skip in plan.skips}
+
+
+def test_core_starts_at_most_twelve_servers(h100: Machine, request_: Request) -> None:
+    """The promise of the set, with every backend and a draft for EAGLE-3 present."""
+    plan = sets.core(h100, dataclasses.replace(request_, eagle3_draft="/draft"))
+    assert {"plain/flashinfer", "plain/triton", "plain/fa3", "ngram", "eagle3", "sparsespec/pillar"} <= names(plan)
+    assert sum(planner.num_starts(job, h100) for job in plan.jobs) <= 12
+    assert {job.gate_on for job in plan.jobs} == {request_.model.name if request_.model else ""}
+
+
+def test_gpu_table_holds_the_numbers_that_are_asked_for(h100: Machine, request_: Request) -> None:
+    """1.7B to 400K and 8B to 380K pool tokens at 128 running, batches 64, 32, 8, and a real model at 2K to 8K."""
+    plan = sets.gpu_table(h100, request_)
+    jobs = {job.target.name: job for job in plan.jobs}
+    for name, fill in (("qwen3-1.7b", 400_000), ("qwen3-8b", 380_000)):
+        scene = jobs[name].scenes[0]
+        assert 128 * (scene.prompt_tokens + scene.new_tokens) == pytest.approx(fill, rel=0.01)
+        assert {scene.batch for scene in jobs[name].scenes} == {128, 64, 32, 8}
+        ours = [c for c in jobs[name].contenders if c.name == "sparsespec/pillar"]
+        assert [contender.simulated_accept_length for contender in ours] == [7.16]
+    real = jobs["small"].scenes
+    assert {scene.temperature for scene in real} == {0.0, 0.6}
+    assert {scene.batch for scene in real} == {128}
+    assert max(scene.prompt_tokens + scene.new_tokens for scene in real) <= 8192
+    assert "not in this set" in reasons(plan)["plain/triton"]
+
+
+@pytest.mark.parametrize("name", ["core", "full", "gpu-table"])
+def test_gpu_sets_say_so_on_a_cpu(name: str, laptop: Machine, request_: Request) -> None:
+    """A set that runs nothing must say why, not succeed silently."""
+    plan = sets.SETS[name](laptop, request_)
+    assert plan.jobs == ()
+    assert "needs a GPU" in reasons(plan)[f"set {name}"]
+
+
+@pytest.mark.parametrize("name", ["smoke", "paper", "vegas"])
+def test_cpu_sets_name_everyone_who_is_missing(name: str, laptop: Machine, request_: Request) -> None:
+    """Rivals that cannot run here are part of the answer."""
+    plan = sets.SETS[name](laptop, request_)
+    assert names(plan) == {"plain/torch_native", "sparsespec/pillar", "sparsespec/window"}
+    found = reasons(plan)
+    assert "Triton" in found["ngram"]
+    assert "--eagle3-draft" in found["eagle3"]
+    assert found["plain/flashinfer"] == "it needs a GPU"
+
+
+@pytest.mark.parametrize("name", ["core", "gpu-table", "full", "paper"])
+def test_sets_say_when_there_is_no_real_model(name: str, h100: Machine, request_: Request) -> None:
+    """Without one there is no real acceptance, and on shapes no gate worth the name."""
+    plan = sets.SETS[name](h100, dataclasses.replace(request_, model=None))
+    assert "--model" in reasons(plan)["real model"]
+    assert all(job.gate_on == job.target.name for job in plan.jobs)
+
+
+def test_scenes_that_do_not_fit_are_named(h100: Machine, request_: Request) -> None:
+    """A 40 GB card, or a model with a short context, drops cells; each with its arithmetic."""
+    small_card = dataclasses.replace(h100, memory_bytes=40 << 30)
+    found = reasons(sets.gpu_table(small_card, request_))
+    assert any("GiB" in reason for what, reason in found.items() if what.startswith("qwen3-8b"))
+    assert request_.model is not None
+    short = dataclasses.replace(request_.model, shape=dataclasses.replace(request_.model.shape, context=4096))
+    found = reasons(sets.core(h100, dataclasses.replace(request_, model=short)))
+    assert any("context is 4096" in reason for reason in found.values())
+
+
+def test_full_has_every_policy_but_the_one_for_tests(h100: Machine, request_: Request) -> None:
+    """A new policy must appear in the cross without being written down twice."""
+    from sglang_sparsespec.config import SELECTIONS
+
+    found = names(sets.full(h100, request_))
+    assert {f"sparsespec/{policy}" for policy in SELECTIONS if policy != "random"} <= found
+    assert "sparsespec/random" not in found
+
+
+def test_workloads_are_the_papers(laptop: Machine, request_: Request) -> None:
+    """Temperature, truncation, batch and natural ends; the answer never runs past the context."""
+    [job] = sets.workload("vegas", laptop, dataclasses.replace(request_, prompts="p.jsonl")).jobs
+    [scene] = job.scenes
+    assert (scene.temperature, scene.top_p, scene.top_k, scene.batch) == (0.6, 0.95, 20, 128)
+    assert scene.sampling == {"temperature": 0.6, "max_new_tokens": scene.new_tokens, "top_p": 0.95, "top_k": 20}
+    assert scene.prompt_tokens + scene.new_tokens <= 8192
+    assert scene.prompts == "p.jsonl"
+    assert scene.prompt_tokens == 1024
+    [job] = sets.workload("paper", laptop, dataclasses.replace(request_, batch=4, new_tokens=32, requests=9)).jobs
+    [scene] = job.scenes
+    assert (scene.temperature, scene.batch, scene.new_tokens, scene.requests) == (0.65, 4, 32, 9)
+
+
+def test_contenders_of_the_user_join_and_are_labelled(h100: Machine, request_: Request) -> None:
+    """One more configuration without touching the code; its label says whose engine it is."""
+    plan = sets.core(h100, dataclasses.replace(request_, named=("k4=--speculative-num-steps 4",)))
+    [ours] = [c for c in plan.jobs[0].contenders if c.name == "sparsespec/k4"]
+    assert ours.option("--speculative-num-steps") == "4"
+    assert ours.label == "--speculative-num-steps 4 in our engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"batch": 4}, "--batch is 4; it must be left out with set core"),
+        ({"prompts": "x"}, "--prompts"),
+        ({"named": ("pillar=",)}, "Another contender has this name"),
+        ({"named": ("a=", "a=--x")}, "Another contender has this name"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    options: dict[str, object], complaint: str, request_: Request
+) -> None:
+    """An option that is accepted and ignored makes the wrong table."""
+    with pytest.raises(ConfigError, match=complaint):
+        sets.check("core", dataclasses.replace(request_, **options))  # type: ignore[arg-type]

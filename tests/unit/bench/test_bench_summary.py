@@ -1,0 +1,173 @@
+"""Ratios, refusals and the page: what may be claimed from which records."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from bench_records import gate_record, turn_record
+
+from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
+from sglang_sparsespec.bench.model_check import check_all
+from sglang_sparsespec.bench.report import markdown
+from sglang_sparsespec.bench.summary import Row, current, rows
+
+
+def paired(job: Job, plain_speeds: list[float], our_speeds: list[float], **ours_result: Any) -> list[dict[str, Any]]:
+    plain, ours = job.contenders
+    scene = job.scenes[0]
+    records = [turn_record(job, plain, scene, i, tokens_per_s=speed) for i, speed in enumerate(plain_speeds)]
+    return records + [
+        turn_record(job, ours, scene, i, tokens_per_s=speed, **ours_result) for i, speed in enumerate(our_speeds)
+    ]
+
+
+def row_of(found: list[Row], contender: Contender) -> Row:
+    [row] = [row for row in found if row.contender == contender.name]
+    return row
+
+
+def test_ratio_is_of_medians_and_spread_is_told(job: Job) -> None:
+    """A mean would let one turn beside a busy neighbour decide."""
+    records = [*paired(job, [100, 90, 110], [210, 200, 50]), gate_record(job, job.contenders[1])]
+    row = row_of(rows(records), job.contenders[1])
+    assert (row.tokens_per_s, row.ratio) == (200, 2.0)
+    assert row.spread == pytest.approx(0.4)
+    assert row_of(rows(records), job.contenders[0]).ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gates", "refusal"), [([], "no parity check"), ([False], "is red"), ([True, False], "is red"), ([True], "")]
+)
+def test_speedup_needs_a_green_gate(job: Job, gates: list[bool], refusal: str) -> None:
+    """A lossy engine is fast; its speed must not be printed."""
+    records = paired(job, [100], [300]) + [gate_record(job, job.contenders[1], ok=ok) for ok in gates]
+    row = row_of(rows(records), job.contenders[1])
+    assert refusal in row.refusal
+    assert (row.ratio is None) == bool(refusal)
+    page = markdown(records)
+    assert ("3.00" in page) == (not refusal)
+    assert ("refused" in page) == bool(refusal)
+
+
+def test_gate_is_of_the_same_options(job: Job) -> None:
+    """A green gate of the default policy says nothing of another one."""
+    other = dataclasses.replace(job.contenders[1], args=(*job.contenders[1].args, "--sparsespec-sink", "0"))
+    records = [*paired(job, [100], [300]), gate_record(job, other)]
+    assert row_of(rows(records), job.contenders[1]).ratio is None
+
+
+def test_contender_is_compared_with_the_baseline_of_its_pair(job: Job) -> None:
+    """The baseline is measured once per pair; minutes later the machine may be another one."""
+    records = [*paired(job, [100, 400], [300, 300]), gate_record(job, job.contenders[1])]
+    for record in records[:1] + records[2:4]:
+        record["pair"] = "sparsespec/pillar"
+    records[1]["pair"] = "sparsespec/window"
+    assert row_of(rows(records), job.contenders[1]).ratio == 3.0
+
+
+def test_best_plain_backend_is_the_one_to_beat(job: Job) -> None:
+    """A speed-up over a slow backend is no speed-up."""
+    triton = Contender("plain/fa3", "SGLang, fa3", ("--attention-backend", "fa3"))
+    records = [*paired(job, [100], [180]), turn_record(job, triton, job.scenes[0], tokens_per_s=150.0)]
+    records.append(gate_record(job, job.contenders[1]))
+    found = rows(records)
+    ours = row_of(found, job.contenders[1])
+    assert (ours.ratio, ours.over_best_plain) == (1.8, pytest.approx(1.2))
+    assert row_of(found, triton).over_best_plain == 1.0
+
+
+def test_a_stream_that_is_too_slow_does_not_flatter_us(job: Job) -> None:
+    """One chunk per token costs plain more than one per round; the scheduler's clock then decides for both."""
+    plain, ours = job.contenders
+    scene = job.scenes[0]
+    records = [
+        turn_record(job, plain, scene, tokens_per_s=100.0, scheduler_tokens_per_s=150.0),
+        turn_record(job, ours, scene, tokens_per_s=300.0, scheduler_tokens_per_s=300.0),
+        gate_record(job, ours),
+    ]
+    assert row_of(rows(records), ours).ratio == 2.0
+    assert "by the scheduler's clock" in markdown(records)
+
+
+def test_records_of_another_context_stay_out(job: Job) -> None:
+    """Numbers of two commits in one median belong to neither."""
+    old = [{**record, "context": "before"} for record in paired(job, [1], [1])]
+    kept, others = current([*old, *paired(job, [100], [200])])
+    assert (len(kept), others) == (2, 2)
+    assert "2 records of other commits" in markdown([*old, *paired(job, [100], [200])])
+
+
+def test_page_names_simulation_skips_failures_and_provenance(
+    shape_target: Target, plain: Contender, ours: Contender
+) -> None:
+    """A reader must see at once what is real, what is not, and what is missing."""
+    job = Job(shape_target, (plain, ours), (Scene(128, 512, 64),), 1, "small")
+    records = [*paired(job, [100], [200]), gate_record(job, ours)]
+    failure = {**records[1], "key": "f", "record": "failure", "reason": "the server died\nlog"}
+    page = markdown([*records, failure], [Skip("eagle3", "no draft")], ["a.png"])
+    for text in (
+        "Acceptance **simulated**",
+        "simulated, 7.16",
+        "* eagle3: no draft",
+        "the server died",
+        "commit abc",
+        "sglang 0.5.17",
+        "driver 1",
+        "![a](a.png)",
+        "bonus counted",
+    ):
+        assert text in page, text
+
+
+def test_page_tells_of_a_busy_machine(job: Job) -> None:
+    """Ratios that were taken beside somebody else's work look like any others."""
+    assert "not quiet" in markdown(paired(job, [100], [200], load_before=2.5))
+    assert "not quiet" not in markdown(paired(job, [100], [200], load_before=0.9))
+
+
+def test_page_of_nothing_still_lists_skips() -> None:
+    """On a machine where nothing can run, the reasons are the result."""
+    page = markdown([], [Skip("set core", "it needs a GPU")])
+    assert "Nothing has been measured" in page
+    assert "it needs a GPU" in page
+
+
+def sweep(job: Job, *, our_extra_ms: float) -> list[dict[str, Any]]:
+    """Plain with W = 3 ms and A = 40 ns per token, ours exactly on the model's line plus something."""
+    plain, ours = job.contenders
+    scene = job.scenes[0]
+    fills = [100_000.0, 200_000.0, 300_000.0, 400_000.0]
+
+    def slices(times: list[float]) -> list[dict[str, float]]:
+        return [
+            {"pool_tokens": fill, "running": 128, "tokens_per_s": 1.0, "round_ms": time}
+            for fill, time in zip(fills, times, strict=True)
+        ]
+
+    plain_slices = slices([3 + 40e-6 * fill for fill in fills])
+    records = [turn_record(job, plain, scene, pool_tokens=250_000.0, round_ms=13.0, slices=plain_slices)]
+    records.append(turn_record(job, ours, scene, pool_tokens=250_000.0, slices=slices([1.0, 2.0, 3.0, 4.0])))
+    [check] = check_all(rows(records), "an unknown card")[0]
+    measured = [check.model.total + our_extra_ms] * 4
+    records[1]["result"] |= {"round_ms": measured[0], "slices": slices(measured)[:1]}
+    return records
+
+
+def test_model_stands_beside_the_measurement(job: Job) -> None:
+    """W and A come from the plain server of the run; a round on the model is not flagged, one above it is."""
+    long = dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4),))
+    [check] = check_all(rows(sweep(long, our_extra_ms=0.0)), "an unknown card")[0]
+    assert (check.plain_weights, check.plain_kv) == (pytest.approx(3.0), pytest.approx(10.0))
+    assert check.flags() == []
+    [check] = check_all(rows(sweep(long, our_extra_ms=20.0)), "an unknown card")[0]
+    assert any(flag.startswith("round +") for flag in check.flags())
+    assert "round +" in markdown(sweep(long, our_extra_ms=20.0))
+
+
+def test_model_is_not_applied_without_a_fill_sweep(job: Job) -> None:
+    """A line through repeats of one fill has any slope."""
+    checks, notes = check_all(rows(paired(job, [100], [200])), "CPU")
+    assert checks == []
+    assert "one pool fill" in notes[0]
