@@ -25,7 +25,8 @@ from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
-from sglang_sparsespec.selection import POLICIES
+from sglang_sparsespec.selection import POLICIES, StepPolicy
+from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from sglang_sparsespec.selection.store import DraftKV
     from sglang_sparsespec.speculation.acceptance import Acceptance
 
 logger = logging.getLogger(__name__)
@@ -146,15 +148,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""
-        self._backend.plan_drafts(
-            self._store.draft_kv(
-                plan.rows,
-                plan.committed_lens,
-                batch.req_to_token_pool.req_to_token,
-                max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
-                tail=2 * self.config.num_draft_tokens + self.config.block_size,
-            )
-        )
+        self._backend.plan_drafts(self._draft_kv(plan, batch.req_to_token_pool.req_to_token))
         forward_batch = self._draft_forward_batch(batch, plan)
         tokens, probs = [], []
         current = batch.spec_info.bonus_tokens.long()
@@ -166,6 +160,18 @@ class SparseSpecWorker(BaseSpecWorker):
             probs.append(distribution)
         sampled = [distribution for distribution in probs if distribution is not None]
         return Drafts(torch.stack(tokens, dim=1), torch.stack(sampled, dim=1) if sampled else None)
+
+    def _draft_kv(self, plan: RoundPlan, req_to_token: torch.Tensor) -> DraftKV | StepDraftKV:
+        if isinstance(self._policy, StepPolicy):
+            committed_lens = plan.committed_lens.to(torch.int32)
+            return StepDraftKV(self._policy, plan.rows, committed_lens, req_to_token, plan.max_committed_len)
+        return self._store.draft_kv(
+            plan.rows,
+            plan.committed_lens,
+            req_to_token,
+            max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
+            tail=2 * self.config.num_draft_tokens + self.config.block_size,
+        )
 
     def _draft_step(
         self, forward_batch: ForwardBatch, plan: RoundPlan, step: int, current: torch.Tensor
@@ -308,7 +314,7 @@ class SparseSpecWorker(BaseSpecWorker):
             num_layers=model.num_hidden_layers,
             num_rows=self.req_to_token_pool.req_to_token.shape[0],
             num_heads=1 if self._shares_heads else runner.token_to_kv_pool.head_num,
-            max_budget=self._max_budget,
+            max_budget=0 if isinstance(self._policy, StepPolicy) else self._max_budget,
             device=self.device,
         )
         dense = TorchPagedAttnBackend(runner) if self.device == "cpu" else runner.attn_backend
@@ -330,10 +336,13 @@ class SparseSpecWorker(BaseSpecWorker):
             "layers" if self._shares_heads else "KV heads",
             self._store.num_bytes / 2**20,
         )
+        if self._policy.caution is not None:
+            logger.warning("SPARSESPEC: --sparsespec-selection %s: %s.", self.config.selection, self._policy.caution)
 
     @property
     def _shares_heads(self) -> bool:
-        return self.config.sharing == "layer" or not self._policy.needs_attention
+        is_scored_by_head = isinstance(self._policy, StepPolicy) or self._policy.needs_attention
+        return self.config.sharing == "layer" or not is_scored_by_head
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The outcome of an earlier round has arrived on the host."""
