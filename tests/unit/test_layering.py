@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapter": {"errors", "config", "ops", "speculation", "selection", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "patches", "adapter"},
     "model_tools": set(),
+    "acceptance": {"errors", "config", "ops", "speculation", "selection", "model_tools"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}
