@@ -21,7 +21,7 @@ from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.speculation.cost_model import RoundCost
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sglang_sparsespec.acceptance.measure import Measurement
 
@@ -72,7 +72,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--device", default=None, help="cpu or cuda (default: cuda if there is one)")
     machine.add_argument("--dtype", default=None, help="float32 (default on cpu), bfloat16 (default on cuda), float16")
     machine.add_argument("--threads", type=int, help="of torch on a CPU")
-    machine.add_argument("--output", type=Path, help="JSON lines, appended")
+    machine.add_argument("--output", type=Path, help="JSON lines, appended as settings are done")
     machine.add_argument("--plot", type=Path, help="picture; needs matplotlib")
     return parser.parse_args(argv)
 
@@ -102,8 +102,8 @@ def check(args: argparse.Namespace) -> RoundCost | None:
     return RoundCost(weights_ms=args.weights_ms, attention_ms=args.attention_ms, verify_ms=args.verify_ms)
 
 
-def run(args: argparse.Namespace, settings: list[Setting]) -> list[Measurement]:
-    """Load, prefill once, measure every setting on the same prompts."""
+def run(args: argparse.Namespace, settings: list[Setting]) -> Iterator[list[Measurement]]:
+    """Load, prefill once, measure every setting on the same prompts; yields as settings are done."""
     import torch
     from transformers import AutoTokenizer
 
@@ -130,7 +130,6 @@ def run(args: argparse.Namespace, settings: list[Setting]) -> list[Measurement]:
     model.allocate(len(windows), max(lengths) + room)
     say(f"prefill of {len(windows)} prompts, {sum(lengths)} tokens")
     prompts = prefill(model, [window[:n] for window, n in zip(windows, lengths, strict=True)], keep=width)
-    measurements: list[Measurement] = []
     for number, setting in enumerate(settings, start=1):
         found: list[Measurement] = []
         if "forced" in args.text:
@@ -140,12 +139,20 @@ def run(args: argparse.Namespace, settings: list[Setting]) -> list[Measurement]:
                 found.append(
                     measure_own(model, setting, prompts, temperature, new_tokens=args.new_tokens, seed=args.seed)
                 )
-        measurements += found
         for m in found:
             name = f"{report.TEXT_NAMES[m.text]}, {report.temperature_name(m.temperature)}"
             length = report.plus_minus(m.accept_length, m.standard_error)
             say(f"{number}/{len(settings)} {setting.config.selection}: {name}: {length} ({m.seconds:.0f} s)")
-    return measurements
+        yield found
+
+
+def append(args: argparse.Namespace, found: Sequence[Measurement], cost: RoundCost | None) -> None:
+    """Add to the output file, setting by setting: what is measured survives whatever ends the run."""
+    origin = report.about(
+        args.model, args.device, dtype=args.dtype, prompt_tokens=args.length, new_tokens=args.new_tokens
+    )
+    with args.output.open("a") as file:
+        file.write(report.json_lines(report.records(found, cost, origin)))
 
 
 def say(text: str) -> None:
@@ -157,17 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         cost = check(args)
         settings = cross({name: getattr(args, name) for name, *_ in CROSSED})
-        measurements = run(args, settings)
+        measurements: list[Measurement] = []
+        for found in run(args, settings):
+            measurements += found
+            if args.output is not None:
+                append(args, found, cost)
     except ValueError as error:
         say(f"error: {error}")
         return 2
     print(report.table(measurements, cost))
-    if args.output is not None:
-        origin = report.about(
-            args.model, args.device, dtype=args.dtype, prompt_tokens=args.length, new_tokens=args.new_tokens
-        )
-        with args.output.open("a") as file:
-            file.write(report.json_lines(report.records(measurements, cost, origin)))
     if args.plot is not None:
         plot.draw(measurements, cost, args.plot)
     return 0
