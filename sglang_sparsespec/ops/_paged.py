@@ -17,6 +17,9 @@ import torch.nn.functional as F
 # heap once a process has freed a block of 32 MiB: memory given back is faulted in anew, a third of the time of a verify
 CPU_STEP_BYTES = 24 << 20
 DEVICE_STEP_BYTES = 256 << 20
+# positions to which a row's anchored scores are relative: the first ones (the sinks among them) and the newest
+NUM_ANCHORS = 64
+NUM_FIRST_ANCHORS = 16
 # a group may pad its shortest member by a quarter, or by this many tokens, whichever is more
 _PAD_RATIO = 0.8
 _PAD_TOKENS = 64
@@ -102,6 +105,14 @@ def unpack_queries(packed: torch.Tensor, num_queries: int) -> torch.Tensor:
     return out.reshape(num_reqs, num_queries, -1, head_dim)
 
 
+def anchor_index(query_starts: torch.Tensor) -> torch.Tensor:
+    """Anchor positions of requests [R] -> [R, NUM_ANCHORS], int64, -1 where there are fewer."""
+    index = torch.arange(NUM_ANCHORS, device=query_starts.device)
+    starts = query_starts.to(torch.int64)[:, None]
+    index = torch.where((index < NUM_FIRST_ANCHORS) | (starts < NUM_ANCHORS), index, starts - NUM_ANCHORS + index)
+    return index.masked_fill(index >= starts, -1)
+
+
 @dataclass
 class PagedProblem:
     """The arguments of paged_attention or capture_scores; `run` computes whichever result is asked for."""
@@ -117,6 +128,7 @@ class PagedProblem:
     scale: float
     max_len: int
     logit_cap: float
+    is_anchored: bool = False
     query_step: int = 1
     """Positions from one query to the next."""
 
@@ -215,6 +227,8 @@ class _Step:
                 part = torch.bmm(probs.to(v.dtype), v[:, :, :seen].flatten(0, 1)).view(q.shape)
                 attended.append(unpack_queries(part, end - start))
             if scores is not None:
+                if problem.is_anchored:
+                    probs = self._relative_to_anchors(probs)
                 # the mean over the valid queries and the group, as one row vector: [R, T * G] -> [R * H, 1, T * G]
                 weights = self.is_valid[:, start:end] / (self.lens.clamp(min=1) * group)
                 weights = weights.repeat_interleave(group, dim=1).repeat_interleave(len(heads), dim=0)
@@ -228,6 +242,16 @@ class _Step:
             score_lens = take_rows(problem.score_lens, self.rows)[:, None].masked_fill(self.lens == 0, 0)
             total.masked_fill_((self.positions >= score_lens)[:, None], 0.0)
             put_rows(scores[:, heads.start : heads.stop, : self.kv_len], self.rows, total)
+
+    def _relative_to_anchors(self, probs: torch.Tensor) -> torch.Tensor:
+        """[R * H, M, N] -> the same, each row over what it pays to its anchors, at most 1."""
+        index = anchor_index(self.starts[:, 0])
+        is_anchor = torch.zeros(len(self.rows), self.kv_len + 1, device=probs.device)
+        is_anchor.scatter_(1, torch.where(index < 0, self.kv_len, index), 1.0)
+        is_anchor = is_anchor[:, : probs.shape[-1]].repeat_interleave(probs.shape[0] // len(self.rows), dim=0)
+        mass = torch.bmm(probs, is_anchor[..., None])
+        # a row that pays its anchors nothing has all its attention elsewhere
+        return (probs / mass).nan_to_num_(0.0).clamp_(max=1.0)
 
     def _hidden(self, start: int, end: int, seen: int, group: int) -> tuple[int, torch.Tensor]:
         """The first position that some query may not see, and from there on which: [R, 1, T * G, seen - first]."""

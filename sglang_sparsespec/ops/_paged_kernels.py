@@ -1,5 +1,9 @@
 # mypy: allow-untyped-defs
-"""Triton kernels over paged KV: split-K attention with log-sum-exp, its reduction, and scores from the log-sum-exp.
+"""Triton kernels over paged KV: split-K attention with log-sum-exp, its reduction, and two ways to scores.
+
+The exact scores (`mean`) need the log-sum-exp of a whole row, so a second kernel reads K once more. The `anchored` ones
+come out of the attention pass: each row is normalised by what it pays to a few anchor positions, which every program
+can work out for itself before its first tile.
 
 The T * G query rows that share a KV head stand together as the M dimension, query-major: row t * G + g.
 Lengths stay on the device and grids follow from shapes. Invariant: no position at or past a request's end is read.
@@ -11,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
     choose_num_splits,
@@ -33,6 +38,8 @@ def _attend_kernel(
     lens_ptr,
     part_ptr,
     lse_ptr,
+    scores_ptr,
+    score_starts_ptr,
     stride_q_r,
     stride_q_t,
     stride_q_h,
@@ -41,6 +48,8 @@ def _attend_kernel(
     stride_v_s,
     stride_v_h,
     stride_table,
+    stride_scores_m,
+    stride_scores_h,
     scale,
     logit_cap,
     num_kv_heads,
@@ -56,7 +65,10 @@ def _attend_kernel(
     HAS_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    NUM_ANCHORS: tl.constexpr = 0,
+    NUM_FIRST: tl.constexpr = 0,
 ):
+    """One share of one request's positions for one KV head; with NUM_ANCHORS also the anchored scores of the share."""
     i_rh = tl.program_id(0).to(tl.int64)
     i_split = tl.program_id(2)
     i_r = i_rh // num_kv_heads
@@ -86,6 +98,31 @@ def _attend_kernel(
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_acc = tl.zeros([BM, BD], dtype=tl.float32)
     p_table = req_to_token_ptr + tl.load(pool_rows_ptr + i_r).to(tl.int64) * stride_table
+    if NUM_ANCHORS > 0:
+        # what each row pays to the anchors, as a log-sum-exp: [BM]
+        b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
+        b_anchor = tl.zeros([BM], dtype=tl.float32)
+        for first in tl.static_range(0, NUM_ANCHORS, BN):
+            o_a = first + o_n
+            # all positions where there are too few, else the first ones and the newest
+            o_a = tl.where((o_a < NUM_FIRST) | (query_start < NUM_ANCHORS), o_a, query_start - NUM_ANCHORS + o_a)
+            m_a = o_a < tl.minimum(query_start, max_len)
+            b_slot = tl.load(p_table + o_a, mask=m_a, other=0).to(tl.int64)
+            b_k = load_rows(k_ptr + i_h * stride_k_h, b_slot, stride_k_s, m_a, o_d, D)
+            b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+            if HAS_CAP:
+                b_logit = softcap(b_logit, logit_cap)
+            b_logit = tl.where(m_a[None, :], b_logit * LOG2_E, float("-inf"))
+            b_new_top = tl.maximum(b_top, tl.max(b_logit, axis=1))
+            b_base = tl.where(b_new_top > float("-inf"), b_new_top, 0.0)
+            b_anchor = b_anchor * tl.exp2(b_top - b_base) + tl.sum(tl.exp2(b_logit - b_base[:, None]), axis=1)
+            b_top = b_new_top
+        # without anchors nothing is selectable, and any number serves
+        b_anchor_lse = tl.where(b_anchor > 0.0, b_top + tl.log2(b_anchor), 0.0)
+        m_row = o_m < query_len * G
+        score_end = tl.minimum(tl.minimum(query_start, hi), max_len)
+        p_scores = scores_ptr + tl.program_id(1).to(tl.int64) * stride_scores_m + i_h * stride_scores_h
+        p_scores += tl.load(score_starts_ptr + i_r).to(tl.int64)
     for start in range(lo, hi, BN):
         o_p = start + o_n
         m_n = o_p < hi
@@ -104,6 +141,11 @@ def _attend_kernel(
         b_decay = tl.exp2(b_max - b_base)
         b_p = tl.exp2(b_logit - b_base[:, None])
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+        if NUM_ANCHORS > 0:
+            # exp2(logit - anchors) from the exponential at hand; the bounds keep it finite
+            b_weight = tl.where(m_row, tl.exp2(tl.minimum(b_base - b_anchor_lse, 126.0)), 0.0)
+            b_score = tl.sum(tl.minimum(b_p * b_weight[:, None], 1.0), axis=0) / (query_len * G)
+            tl.store(p_scores + o_p, b_score.to(scores_ptr.dtype.element_ty), mask=o_p < score_end)
         if HAS_VALUE:
             b_v = load_rows(v_ptr + i_h * stride_v_h, b_slot, stride_v_s, m_n, o_d, D)
             b_acc = b_acc * b_decay[:, None] + tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
@@ -247,9 +289,12 @@ def attend_paged_triton(
     max_len: int,
     logit_cap: float,
     num_splits: int | None,
+    anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     query_step: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The output where there is a v_cache, the scores where there are score_lens."""
+    """The output where there is a v_cache, the mean scores where there are score_lens, anchored ones where there is
+    a buffer for them."""
     num_reqs, num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
@@ -269,6 +314,11 @@ def attend_paged_triton(
         num_splits = choose_num_splits(num_reqs * num_kv_heads * row_tiles, max_len, block, q.device)
     part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)
     part = part_lse
+    planes = anchored_scores
+    if anchored_scores is not None and row_tiles > 1:
+        # each tile of rows sums for itself; added up below, so that the result does not depend on an order.
+        # Zeros, because a tile without a valid query writes nothing
+        planes = torch.zeros((row_tiles, *anchored_scores.shape), dtype=torch.float32, device=q.device)
     if out is not None:
         part = torch.empty((*part_lse.shape, head_dim), dtype=torch.float32, device=q.device)
     constants = {
@@ -283,7 +333,7 @@ def attend_paged_triton(
     q_strides = (q.stride(0), q.stride(1), q.stride(2))
     k_strides = (k_cache.stride(0), k_cache.stride(1))
     v_strides = k_strides if v_cache is None else (v_cache.stride(0), v_cache.stride(1))
-    sizes = (req_to_token.stride(0), scale, logit_cap, num_kv_heads, num_rows, max_len, query_step)
+    sizes = (scale, logit_cap, num_kv_heads, num_rows, max_len, query_step)
     _attend_kernel[(num_reqs * num_kv_heads, row_tiles, num_splits)](
         q,
         k_cache,
@@ -291,10 +341,17 @@ def attend_paged_triton(
         *table,
         part,
         part_lse,
+        part_lse if planes is None else planes,
+        query_starts if score_starts is None else score_starts,
         *q_strides,
         *k_strides,
         *v_strides,
+        req_to_token.stride(0),
+        planes.stride(0) if planes is not None and row_tiles > 1 else 0,
+        0 if planes is None else planes.stride(-2),
         *sizes,
+        NUM_ANCHORS=0 if planes is None else NUM_ANCHORS,
+        NUM_FIRST=NUM_FIRST_ANCHORS,
         HAS_VALUE=v_cache is not None,
         # 64 rows: 3 beat 2 by 1.2, 16 rows: 2 beat 3 by 1.1 (D 128 bfloat16, H100, 2026-11-22)
         num_stages=3 if block_rows == 64 and block == 64 else 2,
@@ -314,6 +371,9 @@ def attend_paged_triton(
             NUM_SPLITS=num_splits,
             num_warps=4,
         )
+    if anchored_scores is not None and row_tiles > 1:
+        assert planes is not None
+        torch.sum(planes, dim=0, out=anchored_scores)
     if scores is not None:
         _scores_kernel[(num_reqs * num_kv_heads, triton.cdiv(max_len, block))](
             q,
@@ -324,6 +384,7 @@ def attend_paged_triton(
             scores,
             *q_strides,
             *k_strides,
+            req_to_token.stride(0),
             *sizes,
             num_stages=2,
             **constants,

@@ -54,8 +54,6 @@ class Policy(ABC):
             max_len: an upper bound of `kv_lens`, known to the host.
         """
         config = self.config
-        if config.sharing == "layer" and scores.shape[1] > 1:
-            scores = scores.mean(dim=1, keepdim=True)
         max_budget = self.max_budget(max_len)
         budgets = budget_tensor(kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget)
         positions, num_selected = select_positions(
@@ -67,6 +65,7 @@ class Policy(ABC):
             recent_window=config.recent_window,
             pooling=self.pooling,
             granularity=config.block_size,
+            share_heads=config.sharing == "layer",
         )
         return Selection(positions, num_selected, kv_lens // config.block_size * config.block_size)
 

@@ -18,7 +18,7 @@ from kv_cases import (
 
 from sglang_sparsespec.ops import _paged
 from sglang_sparsespec.ops.paged_attention import paged_attention
-from sglang_sparsespec.ops.paged_attention.reference import paged_attention_reference
+from sglang_sparsespec.ops.paged_attention.reference import anchored_scores_reference, paged_attention_reference
 from sglang_sparsespec.ops.paged_attention.torch_impl import paged_attention_torch
 
 if TYPE_CHECKING:
@@ -141,6 +141,82 @@ def test_groups_separate_prefill_from_decode() -> None:
     """One prefill in the batch would pad every decode to its query length."""
     groups = _paged.group_requests([1, 2048, 1, 2000], [3000, 3000, 3000, 2900])
     assert [(group.rows, group.num_queries) for group in groups] == [([1, 3], 2048), ([0, 2], 1)]
+
+
+def check_anchored(backend: str, device: torch.device, case: PagedCase, max_len: int, **options: float) -> None:
+    """The output as without scores, and scores below each query_start, one request after the other in a buffer."""
+    options["scale"] = case.q.shape[-1] ** -0.5
+    lens = case.query_starts.long()
+    # with a gap before each, in another order than the requests
+    starts = (lens + 3).flip(0).cumsum(0).flip(0) - lens
+    wide = torch.full((3, case.k_cache.shape[1], int(lens.sum()) + 3 * len(lens) + 3), torch.nan, device=device)
+    arguments = {"anchored_scores": wide[1], "score_starts": starts.to(device), "max_len": max_len, **options}
+    out, no_scores = implementation(backend)(*case.to(device), **arguments)
+    options.pop("num_splits", None)
+    expected, _ = paged_attention_reference(*case, max_len=max_len, **options)
+    expected_scores = anchored_scores_reference(*case.without_value(), max_len=max_len, **options)
+    assert_output_close(out.cpu(), expected)
+    assert no_scores is None
+    assert wide[[0, 2]].isnan().all()
+    for r, (start, length) in enumerate(zip(starts.tolist(), lens.tolist(), strict=True)):
+        if case.query_lens[r]:
+            actual = wide[1, :, start : start + length].cpu()
+            # relative to a sum over at most 64 anchors, computed in another order: a few ulp more than a softmax
+            torch.testing.assert_close(actual, expected_scores[r, :, :length], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_anchored_scores_match_reference(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """An anchor twice, past the start or missing, a padded row in the mean, or a write beside the buffer would pass."""
+    skip_unless_interpretable(backend, device, dtype)
+    spans = [*SPANS, (63, 4), (64, 2), (65, 1), (16, 4), (1, 4)]
+    case = make_paged_case(spans, num_queries=4, num_kv_heads=2, group=3, head_dim=64, dtype=dtype)
+    check_anchored(backend, device, case, max_len=131)
+
+
+@pytest.mark.parametrize(("group", "head_dim", "num_queries"), [(1, 64, 1), (8, 80, 9), (16, 64, 5), (2, 256, 2)])
+def test_anchored_scores_for_each_head_shape(
+    backend: str, device: torch.device, group: int, head_dim: int, num_queries: int
+) -> None:
+    """Query rows beyond one tile would be lost from the mean, or counted in each."""
+    spans = [(70, num_queries), (3, max(1, num_queries - 1))]
+    case = make_paged_case(
+        spans, num_queries=num_queries, num_kv_heads=1, group=group, head_dim=head_dim, dtype=torch.float16
+    )
+    check_anchored(backend, device, case, max_len=90)
+    check_anchored(backend, device, case, max_len=90, logit_cap=2.0)
+
+
+@pytest.mark.only_backend("triton")
+def test_anchored_scores_do_not_depend_on_splits(backend: str, device: torch.device) -> None:
+    """A normaliser that a share made from what it saw itself would pass with one split."""
+    case = make_paged_case([(200, 3), (0, 2)], num_queries=3, num_kv_heads=1, group=2, head_dim=64, dtype=torch.float16)
+    for num_splits in (1, 4):
+        check_anchored(backend, device, case, max_len=210, num_splits=num_splits)
+
+
+def test_anchored_scores_are_bounded(backend: str, device: torch.device) -> None:
+    """A position far above all anchors would overflow to infinity, and infinity times zero to NaN."""
+    case = make_paged_case([(128, 2)], num_queries=2, num_kv_heads=1, group=2, head_dim=64, dtype=torch.float32)
+    case.q.mul_(40.0)
+    scores = torch.full((1, 130), torch.nan, device=device)
+    starts = torch.zeros(1, dtype=torch.int64, device=device)
+    implementation(backend)(*case.to(device), max_len=130, anchored_scores=scores, score_starts=starts, scale=1.0)
+    assert (scores[:, :128] >= 0).all()
+    assert (scores[:, :128] <= 1).all()
+    assert scores[:, :128].max() > 0.2
+
+
+def test_refuses_two_kinds_of_scores() -> None:
+    """One of the two would be left out without a word."""
+    case = make_paged_case([(4, 1)], num_queries=1, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
+    anchored = {"anchored_scores": torch.zeros(1, 8), "score_starts": torch.zeros(1, dtype=torch.int64)}
+    with pytest.raises(ValueError, match="score_lens"):
+        paged_attention(*case, scale=1.0, max_len=8, score_lens=case.query_starts, **anchored)
+    with pytest.raises(ValueError, match="score_starts"):
+        paged_attention(*case, scale=1.0, max_len=8, anchored_scores=anchored["anchored_scores"])
+    with pytest.raises(ValueError, match="anchored_scores"):
+        paged_attention(*case, scale=1.0, max_len=8, **{**anchored, "anchored_scores": torch.zeros(2, 8)})
 
 
 @pytest.mark.gpu

@@ -6,12 +6,9 @@ float32. Invariant: what is gathered or held at a time is bounded, whatever the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
 from sglang_sparsespec.ops._paged import PagedProblem
-
-if TYPE_CHECKING:
-    import torch
 
 
 def paged_attention_torch(
@@ -26,6 +23,8 @@ def paged_attention_torch(
     scale: float,
     max_len: int,
     score_lens: torch.Tensor | None = None,
+    anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     problem = PagedProblem(
@@ -36,11 +35,24 @@ def paged_attention_torch(
         req_pool_indices,
         query_starts,
         query_lens,
-        score_lens,
+        score_lens if anchored_scores is None else query_starts,
         scale,
         max_len,
         logit_cap,
+        is_anchored=anchored_scores is not None,
     )
     out, scores = problem.run()
     assert out is not None
-    return out, scores
+    if anchored_scores is None:
+        return out, scores
+    assert scores is not None
+    assert score_starts is not None
+    num_columns = anchored_scores.shape[1]
+    position = torch.arange(max_len, device=q.device)
+    is_scored = position < query_starts.masked_fill(query_lens == 0, 0)[:, None]
+    # what is not scored goes to a column of its own, so that nothing waits for the device to count
+    column = (score_starts[:, None] + position).where(is_scored, num_columns).flatten()
+    padded = torch.nn.functional.pad(anchored_scores, (0, 1))
+    padded[:, column] = scores.transpose(0, 1).flatten(1)
+    anchored_scores.copy_(padded[:, :num_columns])
+    return out, None

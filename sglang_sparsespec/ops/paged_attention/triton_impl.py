@@ -1,4 +1,6 @@
-"""paged_attention as split-K flash attention; the scores take the log-sum-exp of that pass and read K once more.
+"""paged_attention as split-K flash attention.
+
+Mean scores take the log-sum-exp of that pass and read K once more; anchored scores come out of the pass itself.
 
 For few queries (a verify or a decode step): the rows of all queries and of a GQA group share each load of KV.
 """
@@ -25,6 +27,8 @@ def paged_attention_triton(
     scale: float,
     max_len: int,
     score_lens: torch.Tensor | None = None,
+    anchored_scores: torch.Tensor | None = None,
+    score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -42,6 +46,8 @@ def paged_attention_triton(
         max_len=max_len,
         logit_cap=logit_cap,
         num_splits=num_splits,
+        anchored_scores=anchored_scores,
+        score_starts=score_starts,
     )
     assert out is not None
     return out, scores

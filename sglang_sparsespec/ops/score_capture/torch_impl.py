@@ -36,7 +36,7 @@ def capture_scores_torch(
         scale,
         max_len,
         logit_cap,
-        query_step,
+        query_step=query_step,
     )
     _, scores = problem.run()
     assert scores is not None

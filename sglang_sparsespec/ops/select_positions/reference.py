@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -27,7 +28,22 @@ def select_positions_reference(
     recent_window: int,
     pooling: int,
     granularity: int,
+    share_heads: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if scores.dim() == 4:
+        run = functools.partial(
+            select_positions_reference,
+            max_budget=max_budget,
+            sink=sink,
+            recent_window=recent_window,
+            pooling=pooling,
+            granularity=granularity,
+            share_heads=share_heads,
+        )
+        layers = [run(layer, kv_lens, budgets) for layer in scores]
+        return torch.stack([positions for positions, _ in layers]), layers[0][1]
+    if share_heads:
+        scores = scores.mean(dim=1, keepdim=True)
     num_reqs, num_rows, num_positions = scores.shape
     g = granularity
     positions = torch.full((num_reqs, num_rows, max_budget), -1, dtype=torch.int32, device=scores.device)

@@ -15,10 +15,17 @@ _SCORE_BOUND = 3.0e37
 
 
 def pool_forward(scores: torch.Tensor, pooling: int) -> torch.Tensor:
-    """score(p) + mean(score(p - pooling .. p)), zeros before the start; [R, HS, N] -> [R, HS, N]."""
+    """score(p) + mean(score(p - pooling .. p)), zeros before the start; [..., HS, N] -> [..., HS, N]."""
     if pooling == 0 or scores.numel() == 0:
         return scores
-    return scores + F.avg_pool1d(F.pad(scores, (pooling, 0)), kernel_size=pooling + 1, stride=1)
+    padded = F.pad(scores, (pooling, 0)).flatten(0, -2)
+    return scores + F.avg_pool1d(padded, kernel_size=pooling + 1, stride=1).view_as(scores)
+
+
+def unravel(scores: torch.Tensor, score_starts: torch.Tensor, max_len: int) -> torch.Tensor:
+    """[L, HS, C], one request's columns after another's -> [L, R, HS, max_len]; any columns past a request's own."""
+    column = score_starts[:, None] + torch.arange(max_len, device=scores.device)
+    return scores[:, :, column.clamp_(0, max(0, scores.shape[-1] - 1))].transpose(1, 2)
 
 
 def select_positions_torch(
@@ -31,9 +38,13 @@ def select_positions_torch(
     recent_window: int,
     pooling: int,
     granularity: int,
+    share_heads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores are [L, R, HS, N] or [R, HS, N]."""
     num_positions = scores.shape[-1]
     g = granularity
+    if share_heads and scores.shape[-2] > 1:
+        scores = scores.mean(dim=-2, keepdim=True)
     num_blocks = num_positions // g
     # selectable and selected blocks: [R]
     block_lens = (kv_lens // g).clamp(0, num_blocks)
@@ -56,6 +67,6 @@ def select_positions_torch(
     top = keys.topk(num_top, dim=-1, sorted=True).indices
     members = (top * g)[..., None] + torch.arange(g, device=scores.device)
     is_kept = torch.arange(num_top, device=scores.device) < num_kept[:, None, None]
-    members = members.masked_fill(~is_kept[..., None], -1).flatten(2)
+    members = members.masked_fill(~is_kept[..., None], -1).flatten(-2)
     positions = F.pad(members, (0, max_budget - num_top * g), value=-1)
     return positions.to(torch.int32), num_selected
