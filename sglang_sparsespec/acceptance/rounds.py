@@ -217,6 +217,9 @@ class Drafter:
 
         def observe(layer: int, q: torch.Tensor, scale: float) -> None:
             picked = q[:, captured.start : captured.stop : captured.step]
+            if self.setting.capture == "anchored":
+                self._refresh_anchored(layer, q, scale, rows, starts, lens)
+                return
             self._refresh(layer, picked, scale, rows, starts, lens, committed_lens, query_step=captured.step)
 
         return DensePass(self.model, rows, positions, observe)
@@ -251,3 +254,36 @@ class Drafter:
                 query_step=query_step,
             )
         self.store.write(layer, rows, self.policy.select(scores, selectable_lens, max_len))
+
+    def _refresh_anchored(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        scale: float,
+        rows: torch.Tensor,
+        starts: torch.Tensor,
+        lens: torch.Tensor,
+    ) -> None:
+        """From the scores of the attention pass; its output is computed once more for them, and dropped."""
+        if isinstance(self.policy, StepPolicy) or not self.policy.needs_attention:
+            self._refresh(layer, queries, scale, rows, starts, lens, starts, query_step=1)
+            return
+        max_len = int((starts + lens).max())
+        num_kv_heads = self.model.num_kv_heads
+        # columns that stay undefined lie past a request's selectable length
+        scores = torch.zeros(num_kv_heads, len(rows) * max_len, device=queries.device)
+        paged_attention(
+            queries,
+            self.model.k_pool[layer],
+            self.model.v_pool[layer],
+            self.model.req_to_token,
+            rows,
+            starts,
+            lens,
+            scale=scale,
+            max_len=max_len,
+            anchored_scores=scores,
+            score_starts=torch.arange(len(rows), device=queries.device) * max_len,
+        )
+        by_request = scores.view(num_kv_heads, len(rows), max_len).transpose(0, 1)
+        self.store.write(layer, rows, self.policy.select(by_request, starts, max_len))

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.selection import Policy
 
-CAPTURES: Final = ("policy", "all", "first-last", "first", "last")
-"""Which verify queries are captured; `policy`: those that the policy asks for, as on the server."""
+CAPTURES: Final = ("policy", "all", "anchored", "first-last", "first", "last")
+"""Which verify queries are captured. `policy`: those that the policy asks for. `anchored`: all of them, by the scores
+that come out of the attention pass itself (`ops.paged_attention`)."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Setting:
         num_queries = self.config.num_draft_tokens
         rules = {
             "all": range(num_queries),
+            "anchored": range(num_queries),
             "first-last": range(0, num_queries, num_queries - 1),
             "first": range(1),
             "last": range(num_queries - 1, num_queries),

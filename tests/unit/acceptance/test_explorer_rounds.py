@@ -16,6 +16,7 @@ from sglang_sparsespec.acceptance.model import PagedModel
 from sglang_sparsespec.acceptance.rounds import Drafter, Prompts, RoundLogits, prefill
 from sglang_sparsespec.acceptance.settings import Setting
 from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.ops.paged_attention.reference import anchored_scores_reference
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +101,37 @@ def test_selection_is_the_policy_on_captured_attention(path: Path, windows: list
     ahead = torch.tensor([w[n : n + 4] for w, n in zip(windows, LENS, strict=True)])
     drafter.round(torch.arange(len(LENS)), prompts.lens, ahead[:, 0], lambda step, _: ahead[:, step + 1])
     check(LENS, [[n + i for i in captured] for n in LENS], [n + 4 for n in LENS])
+
+
+def test_anchored_capture_is_the_op(tiny_llama_path: Path, windows: list[list[int]]) -> None:
+    """Columns of one request read as another's, or of the wrong head, still make a selection."""
+    model, prompts = load(tiny_llama_path, windows)
+    config = SparseSpecConfig(**{**SMALL, "sharing": "head", "score_pooling": 0})  # type: ignore[arg-type]
+    drafter = Drafter(model, Setting(config, "anchored"), prompts)
+    seen: list[tuple[int, torch.Tensor, float]] = []
+    rows, ahead = torch.arange(len(LENS)), torch.tensor([w[n : n + 4] for w, n in zip(windows, LENS, strict=True)])
+    verify_pass = drafter._verify_pass
+
+    def spied(rows: torch.Tensor, positions: torch.Tensor) -> rounds_module.DensePass:
+        dense = verify_pass(rows, positions)
+        observe = dense.observe
+        dense.observe = lambda layer, q, scale: (seen.append((layer, q, scale)), observe(layer, q, scale))[1]
+        return dense
+
+    drafter._verify_pass = spied  # type: ignore[method-assign]
+    drafter.round(rows, prompts.lens, ahead[:, 0], lambda step, _: ahead[:, step + 1])
+    assert len(seen) == model.num_layers
+    lens = prompts.lens.to(torch.int32)
+    for layer, q, scale in seen:
+        scores = anchored_scores_reference(
+            q, model.k_pool[layer], model.req_to_token, rows, lens, torch.full_like(lens, 4), scale=scale, max_len=74
+        )
+        expected = drafter.policy.select(scores, lens, 74)  # type: ignore[call-arg,arg-type]
+        for r in range(len(LENS)):
+            num = int(expected.num_selected[r])
+            for head in range(model.num_kv_heads):
+                actual = drafter.store.positions[layer, r, head, :num].tolist()
+                assert set(actual) == set(expected.positions[r, head, :num].tolist())
 
 
 @pytest.mark.parametrize("selection", ["pillar", "first-last", "window", "quest", "oracle"])
