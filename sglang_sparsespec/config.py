@@ -12,7 +12,7 @@ from typing import Final
 from sglang_sparsespec.errors import ConfigError
 
 OPTION_PREFIX: Final = "--sparsespec-"
-SELECTIONS: Final = ("pillar", "window", "random")
+SELECTIONS: Final = ("pillar", "first-last", "window", "quest", "oracle", "random")
 GRANULARITIES: Final = ("token", "4", "8", "16")
 SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")

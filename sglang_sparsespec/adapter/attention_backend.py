@@ -15,6 +15,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
+from sglang_sparsespec.selection import SelectionPolicy, StepPolicy
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.fused_verify import FusedVerify
     from sglang_sparsespec.adapter.metrics import RefreshTimer
-    from sglang_sparsespec.selection import SelectionPolicy
+    from sglang_sparsespec.selection.step import StepDraftKV
     from sglang_sparsespec.selection.store import DraftKV, SelectionStore
 
 
@@ -42,6 +43,8 @@ class CapturePlan(NamedTuple):
     token_index: torch.Tensor | None
     """[num_reqs, num_queries], int64: rows of the flat queries; None where they are all of them, in order."""
     num_queries: int
+    query_step: int
+    """Positions from one captured query to the next."""
     max_len: int
     """Bound of all positions, known to the host."""
 
@@ -74,7 +77,7 @@ class SparseSpecAttnBackend:
         model_runner: of the served model; pools must exist.
         policy: scores and selects.
         store: where selections are kept.
-        num_queries: queries captured at the end of a prompt (a verify captures all of its own).
+        num_queries: queries captured at the end of a prompt (of a verify's own the policy says which).
         timer: of capture and selection.
         fused: attends in verifies that say so.
     """
@@ -83,7 +86,7 @@ class SparseSpecAttnBackend:
         self,
         dense: AttentionBackend,
         model_runner: ModelRunner,
-        policy: SelectionPolicy,
+        policy: SelectionPolicy | StepPolicy,
         store: SelectionStore,
         num_queries: int,
         timer: RefreshTimer,
@@ -97,7 +100,7 @@ class SparseSpecAttnBackend:
         self.fused = fused
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.draft_kv: DraftKV | None = None
+        self.draft_kv: DraftKV | StepDraftKV | None = None
         self._capture: CapturePlan | None = None
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
@@ -114,16 +117,19 @@ class SparseSpecAttnBackend:
         self._capture = self._plan_capture(forward_batch)
         self.dense.init_forward_metadata(forward_batch)
 
-    def plan_drafts(self, draft_kv: DraftKV) -> None:
-        """Set what draft steps read from now on; `lens` counts a step's own token once the step has begun."""
+    def plan_drafts(self, draft_kv: DraftKV | StepDraftKV) -> None:
+        """Set what draft steps read from now on; the step that has begun counts its own token."""
         self.draft_kv = draft_kv
 
     def select_without_attention(self, rows: torch.Tensor, kv_lens: torch.Tensor, max_len: int) -> None:
         """Refresh every layer, by a policy that asks no attention."""
+        assert isinstance(self.policy, SelectionPolicy)
         for layer in range(self.store.positions.shape[0]):
             self.store.write(layer, rows, self.policy.select(None, kv_lens, max_len))
 
     def _plan_capture(self, forward_batch: ForwardBatch) -> CapturePlan | None:
+        if isinstance(self.policy, StepPolicy):
+            return None
         if forward_batch.forward_mode.is_target_verify():
             assert isinstance(forward_batch.spec_info, SparseSpecVerifyInput)
             return self._plan_verify_capture(forward_batch, forward_batch.spec_info)
@@ -132,14 +138,24 @@ class SparseSpecAttnBackend:
         return None
 
     def _plan_verify_capture(self, forward_batch: ForwardBatch, verify: SparseSpecVerifyInput) -> CapturePlan:
+        assert isinstance(self.policy, SelectionPolicy)
         committed_lens = forward_batch.seq_lens.to(torch.int32)
+        width = verify.draft_token_num
+        captured = self.policy.captured_queries(width)
+        token_index = None
+        if len(captured) < width:
+            first_token = torch.arange(len(committed_lens), device=committed_lens.device)[:, None] * width
+            token_index = first_token + torch.arange(
+                captured.start, captured.stop, captured.step, device=committed_lens.device
+            )
         return CapturePlan(
             rows=forward_batch.req_pool_indices,
-            query_starts=committed_lens,
-            query_lens=torch.full_like(committed_lens, verify.draft_token_num),
+            query_starts=committed_lens + captured.start,
+            query_lens=torch.full_like(committed_lens, len(captured)),
             selectable_lens=committed_lens,
-            token_index=None,
-            num_queries=verify.draft_token_num,
+            token_index=token_index,
+            num_queries=len(captured),
+            query_step=captured.step,
             max_len=verify.max_committed_len + verify.draft_token_num,
         )
 
@@ -158,6 +174,7 @@ class SparseSpecAttnBackend:
             selectable_lens=seq_lens,
             token_index=token_index.clamp_(0, forward_batch.input_ids.shape[0] - 1),
             num_queries=self.num_queries,
+            query_step=1,
             max_len=int(forward_batch.seq_lens_cpu.max()),
         )
 
@@ -193,6 +210,7 @@ class SparseSpecAttnBackend:
         plan = self._capture
         if plan is None:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        assert isinstance(self.policy, SelectionPolicy)
         if not self.policy.needs_attention:
             out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
             with self.timer.layer():
@@ -225,15 +243,12 @@ class SparseSpecAttnBackend:
         assert self.draft_kv is not None, "a draft step before its round was planned"
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        out = sparse_decode(
-            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            self.draft_kv.slots[layer.layer_id],
-            self.draft_kv.lens,
-            scale=layer.scaling,
-            logit_cap=layer.logit_cap,
-        )
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+        v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
+        options = {"scale": layer.scaling, "logit_cap": layer.logit_cap}
+        slots, lens = self.draft_kv.layer_kv(layer.layer_id, queries, k_cache, **options)
+        out = sparse_decode(queries, k_cache, v_cache, slots, lens, **options)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     # Capture and refresh
@@ -256,8 +271,10 @@ class SparseSpecAttnBackend:
             scale=layer.scaling,
             max_len=plan.max_len,
             logit_cap=layer.logit_cap,
+            query_step=plan.query_step,
         )
 
     def _refresh(self, layer: RadixAttention, plan: CapturePlan, scores: torch.Tensor | None) -> None:
+        assert isinstance(self.policy, SelectionPolicy)
         selection = self.policy.select(scores, plan.selectable_lens, plan.max_len)
         self.store.write(layer.layer_id, plan.rows, selection)

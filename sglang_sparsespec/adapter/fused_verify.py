@@ -13,12 +13,13 @@ import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec.ops.paged_attention import paged_attention
+from sglang_sparsespec.selection import SelectionPolicy
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_sparsespec.selection import SelectionPolicy
+    from sglang_sparsespec.selection.base import Policy
     from sglang_sparsespec.selection.store import SelectionStore
 
 # bytes of scores that wait for a selection; a multiple of what one layer needs, at most this
@@ -45,16 +46,14 @@ class FusedVerify:
 
     Args:
         model_runner: of the served model; pools must exist.
-        policy: of PillarAttn's kind, which scores by the attention of all verify queries.
+        policy: if it scores by attention, then by that of all verify queries; else there is nothing to score here.
         store: where selections go.
         num_columns: capacity of the score buffer: committed tokens of a round, summed over its requests.
     """
 
-    def __init__(
-        self, model_runner: ModelRunner, policy: SelectionPolicy, store: SelectionStore, num_columns: int
-    ) -> None:
+    def __init__(self, model_runner: ModelRunner, policy: Policy, store: SelectionStore, num_columns: int) -> None:
         self.num_columns = num_columns
-        self._policy = policy
+        self._policy = policy if isinstance(policy, SelectionPolicy) and policy.needs_attention else None
         self._store = store
         self._req_to_token = model_runner.req_to_token_pool.req_to_token
         self._kv_pool = model_runner.token_to_kv_pool
@@ -84,7 +83,7 @@ class FusedVerify:
         assert plan is not None, "a verify before it was planned"
         self._kv_pool.set_kv_buffer(layer, KVWriteLoc(out_cache_loc, None), k, v)
         waiting = layer.layer_id % self._scores.shape[0]
-        scores = self._scores[waiting] if self._policy.needs_attention else None
+        scores = None if self._policy is None else self._scores[waiting]
         out, _ = paged_attention(
             q.view(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim),
             self._kv_pool.get_key_buffer(layer.layer_id),
@@ -107,7 +106,8 @@ class FusedVerify:
     def _select(self, first_layer: int, num_layers: int) -> None:
         plan = self._plan
         assert plan is not None
-        selection = self._policy.select_ragged(
+        assert self._policy is not None
+        selection = self._policy.select_layers(
             self._scores[:num_layers], self._score_starts, plan.committed_lens, plan.max_len
         )
         self._store.write_layers(first_layer, plan.rows, selection)

@@ -51,7 +51,12 @@ class SparseSpecServerArgs(ServerArgs):
     sparsespec_selection: Annotated[
         str,
         Arg(
-            help=_help("policy that scores KV tokens; pillar is PillarAttn.", _DEFAULTS.selection),
+            help=_help(
+                "policy that scores KV tokens. pillar: PillarAttn; first-last: its scores from two verify queries; "
+                "window: sink and newest tokens; quest: pages, anew for every draft step; oracle: exact for every "
+                "draft step, for analysis only, slower than no speculation; random: bad drafts, for tests only.",
+                _DEFAULTS.selection,
+            ),
             choices=list(cfg.SELECTIONS),
         ),
     ] = _DEFAULTS.selection

@@ -61,7 +61,7 @@ class StaticRound:
         committed_lens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
-        draft_kv: DraftKV,
+        draft_kv: DraftKV | None,
         batch_size: int,
     ) -> None:
         """Take a round in and pad it to `batch_size`.
@@ -71,24 +71,24 @@ class StaticRound:
             committed_lens: [num_reqs], integer.
             positions: [num_reqs, k + 1], int64.
             slots: [num_reqs, k + 1], int64.
-            draft_kv: what the drafts read.
+            draft_kv: what the drafts read; None where a policy finds out step by step.
             batch_size: at least num_reqs.
         """
         num_reqs = rows.shape[0]
-        pairs = (
+        pairs = [
             (self.rows, rows),
             (self.committed_lens, committed_lens),
             (self.positions, positions),
             (self.slots, slots),
-            (self._draft_lens, draft_kv.lens),
-        )
+        ]
+        if draft_kv is not None:
+            pairs.append((self._draft_lens, draft_kv.lens))
+            self._draft_slots[:, :num_reqs, :, : draft_kv.slots.shape[-1]].copy_(draft_kv.slots)
         for target, value in pairs:
             target[:num_reqs].copy_(value)
             target[num_reqs:batch_size].zero_()
         self.num_queries[:num_reqs].fill_(positions.shape[1])
         self.num_queries[num_reqs:batch_size].zero_()
-        width = draft_kv.slots.shape[-1]
-        self._draft_slots[:, :num_reqs, :, :width].copy_(draft_kv.slots)
 
     def draft_kv(self, batch_size: int) -> DraftKV:
         """What draft steps of `batch_size` rows read; `lens` counts the step's own token once it has begun."""

@@ -9,6 +9,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -164,6 +165,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_backends(resolved, server_args._resolved_attention_backends())
     _check_model(server_args.get_model_config())
     _check_budget(server_args.get_model_config(), config)
+    _check_verify_attention(config)
 
 
 def _check_options(server_args: ServerArgs) -> None:
@@ -182,6 +184,19 @@ def _check_num_draft_tokens(server_args: ServerArgs, config: SparseSpecConfig) -
             f"{config.num_draft_tokens} (--speculative-num-steps + 1) or left out",
             "A verify holds the current token and the k drafts; set --speculative-num-steps alone.",
         )
+
+
+def _check_verify_attention(config: SparseSpecConfig) -> None:
+    policy = POLICIES[config.selection](config)
+    if config.verify_attention == "fused" and isinstance(policy, SelectionPolicy) and policy.needs_attention:
+        captured = policy.captured_queries(config.num_draft_tokens)
+        if len(captured) < config.num_draft_tokens:
+            raise ConfigError(
+                "--sparsespec-verify-attention",
+                "fused",
+                f"backend with --sparsespec-selection {config.selection}",
+                "The fused kernel scores by all queries of a verify. Use --sparsespec-selection pillar, or backend.",
+            )
 
 
 def _check_backends(server_args: ServerArgs, attention_backends: tuple[str, str]) -> None:

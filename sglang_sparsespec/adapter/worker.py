@@ -29,7 +29,8 @@ from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound
-from sglang_sparsespec.selection import POLICIES
+from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
+from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         self._metrics = RoundMetrics(server_args, self.config.num_steps, is_reporting_rank=ps.tp_rank == 0)
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
+        self._step_kv: StepDraftKV | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
 
     # The round
@@ -162,19 +164,12 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""
-        draft_kv = self._store.draft_kv(
-            plan.rows,
-            plan.committed_lens,
-            batch.req_to_token_pool.req_to_token,
-            max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
-            tail=self._tail,
-        )
+        self._load(plan, batch.req_to_token_pool.req_to_token)
         num_reqs = plan.rows.shape[0]
-        self._static.load(plan.rows, plan.committed_lens, plan.positions, plan.slots, draft_kv, plan.batch_size)
         tokens, probs = [], []
         current = batch.spec_info.bonus_tokens.long()
         for step in range(self.config.num_steps):
-            self._static.begin_step(step, current, plan.batch_size)
+            self._begin_step(step, current, plan.batch_size)
             logits = self._draft_step(plan.batch_size)[:num_reqs]
             current, distribution = self._sampler.draft(logits, batch.sampling_info, plan.penalised, current)
             tokens.append(current)
@@ -182,10 +177,32 @@ class SparseSpecWorker(BaseSpecWorker):
         sampled = [distribution for distribution in probs if distribution is not None]
         return Drafts(torch.stack(tokens, dim=1), torch.stack(sampled, dim=1) if sampled else None)
 
+    def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
+        """Put the round, and what its drafts read, where the forwards look for it."""
+        draft_kv = None
+        if isinstance(self._policy, StepPolicy):
+            self._step_kv = StepDraftKV(
+                self._policy, plan.rows, plan.committed_lens.int(), req_to_token, plan.max_committed_len
+            )
+        else:
+            draft_kv = self._store.draft_kv(
+                plan.rows,
+                plan.committed_lens,
+                req_to_token,
+                max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
+                tail=self._tail,
+            )
+        self._static.load(plan.rows, plan.committed_lens, plan.positions, plan.slots, draft_kv, plan.batch_size)
+
+    def _begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
+        self._static.begin_step(step, tokens, batch_size)
+        if self._step_kv is not None:
+            self._step_kv = self._step_kv.advanced()
+
     def _draft_body(self, batch_size: int) -> torch.Tensor:
         """Feed one token per request; returns logits [batch_size, vocab_size]."""
         static = self._static
-        self._backend.plan_drafts(static.draft_kv(batch_size))
+        self._backend.plan_drafts(static.draft_kv(batch_size) if self._step_kv is None else self._step_kv)
         positions = static.step_positions[:batch_size]
         return self._forward(
             ForwardMode.DECODE,
@@ -285,7 +302,7 @@ class SparseSpecWorker(BaseSpecWorker):
             # a tighter bound than the context's, where nothing is captured
             self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
         logits = self._verify_forward(plan.batch_size)[: chain.numel()]
-        if not self._policy.needs_attention:
+        if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
             self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
         return LogitsProcessorOutput(next_token_logits=logits)
 
@@ -382,7 +399,7 @@ class SparseSpecWorker(BaseSpecWorker):
             num_layers=model.num_hidden_layers,
             num_rows=self.req_to_token_pool.req_to_token.shape[0],
             num_heads=1 if self._shares_heads else runner.token_to_kv_pool.head_num,
-            max_budget=self._max_budget,
+            max_budget=0 if isinstance(self._policy, StepPolicy) else self._max_budget,
             device=self.device,
         )
         fused = None
@@ -409,12 +426,17 @@ class SparseSpecWorker(BaseSpecWorker):
             "layers" if self._shares_heads else "KV heads",
             self._store.num_bytes / 2**20,
         )
+        if self._policy.caution is not None:
+            logger.warning("SPARSESPEC: --sparsespec-selection %s: %s.", self.config.selection, self._policy.caution)
 
     def _make_forwards(self) -> None:
         """Static tensors and the two forwards of a round over them."""
         runner = self._model_runner
         max_reqs = self.req_to_token_pool.size
         batch_sizes = [size for size in self._server_args.sparsespec_batch_sizes if size <= max_reqs]
+        if isinstance(self._policy, StepPolicy):
+            # for analysis: selects with bounds that the host knows, and makes tensors as it goes
+            batch_sizes = []
         # until the last draft: since the selection was made, a verify (k + 1), the k drafts, and what blocks left out
         self._tail = 2 * self.config.num_draft_tokens + self.config.block_size
         self._static = StaticRound(
@@ -435,7 +457,8 @@ class SparseSpecWorker(BaseSpecWorker):
 
     @property
     def _shares_heads(self) -> bool:
-        return self.config.sharing == "layer" or not self._policy.needs_attention
+        is_scored_by_head = isinstance(self._policy, StepPolicy) or self._policy.needs_attention
+        return self.config.sharing == "layer" or not is_scored_by_head
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The outcome of an earlier round has arrived on the host."""

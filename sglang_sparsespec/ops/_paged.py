@@ -129,6 +129,13 @@ class PagedProblem:
     max_len: int
     logit_cap: float
     is_anchored: bool = False
+    query_step: int = 1
+    """Positions from one query to the next."""
+
+    def kv_lens(self) -> torch.Tensor:
+        """Positions that the last query of each request sees, 0 without queries: [R]."""
+        kv_lens = self.query_starts + (self.query_lens - 1) * self.query_step + 1
+        return kv_lens.masked_fill(self.query_lens == 0, 0)
 
     def run(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The output where there is a v_cache, the scores where there are score_lens."""
@@ -141,7 +148,7 @@ class PagedProblem:
             scores = self.q.new_zeros((num_reqs, num_kv_heads, self.max_len), dtype=torch.float32)
         if self.q.device.type == "cpu":
             starts, lens = self.query_starts.tolist(), self.query_lens.tolist()
-            groups = group_requests(lens, [start + length for start, length in zip(starts, lens, strict=True)])
+            groups = group_requests(lens, self.kv_lens().tolist())
             longest = max((group.kv_len for group in groups), default=0)
             if longest > self.max_len:
                 raise ValueError(f"max_len: expected at least {longest}, the longest request, got {self.max_len}.")
@@ -176,12 +183,13 @@ class _Step:
         # every query sees the positions before min_start, none sees those from max_start + num_queries on
         self.min_start = -1 if starts is None else min(starts)
         self.max_start = group.kv_len if starts is None else max(starts)
+        self.query_step = problem.query_step
         self.positions = torch.arange(group.kv_len, device=device)
         self.starts = take_rows(problem.query_starts, rows)[:, None]
         self.lens = take_rows(problem.query_lens, rows)[:, None]
         slots = problem.req_to_token[:, : group.kv_len].index_select(0, take_rows(problem.req_pool_indices, rows))
         # padding reads the request's own first token, which is as finite as the request is; without queries, slot 0
-        kv_lens = (self.starts + self.lens).masked_fill(self.lens == 0, 0)
+        kv_lens = take_rows(problem.kv_lens(), rows)[:, None]
         first = slots[:, :1].masked_fill(self.lens == 0, 0)
         self.slots = torch.where(self.positions < kv_lens, slots, first)
         # [R, T]
@@ -203,7 +211,7 @@ class _Step:
         attended = []
         for start in range(0, self.num_queries, query_step):
             end = min(start + query_step, self.num_queries)
-            seen = min(self.kv_len, self.max_start + end)
+            seen = min(self.kv_len, self.max_start + (end - 1) * self.query_step + 1)
             q = pack_queries(self.q[:, start:end, q_heads], len(heads))
             hidden_start, hidden = self._hidden(start, end, seen, group)
             if not is_exact and v is not None:
@@ -247,8 +255,8 @@ class _Step:
 
     def _hidden(self, start: int, end: int, seen: int, group: int) -> tuple[int, torch.Tensor]:
         """The first position that some query may not see, and from there on which: [R, 1, T * G, seen - first]."""
-        first = min(seen, self.min_start + start + 1)
-        last_seen = self.starts + torch.arange(start, end, device=self.starts.device)
+        first = min(seen, self.min_start + start * self.query_step + 1)
+        last_seen = self.starts + torch.arange(start, end, device=self.starts.device) * self.query_step
         hidden = self.positions[first:seen] > last_seen[..., None]
         return first, hidden.repeat_interleave(group, dim=1)[:, None]
 

@@ -55,6 +55,7 @@ def _attend_kernel(
     num_kv_heads,
     num_rows,
     max_len,
+    query_step,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -77,7 +78,8 @@ def _attend_kernel(
 
     o_m = tl.program_id(1) * BM + tl.arange(0, BM)
     # a tile without a valid query has nothing to attend
-    kv_len = tl.where(tl.program_id(1) * BM < query_len * G, tl.minimum(query_start + query_len, max_len), 0)
+    end = tl.minimum(query_start + (query_len - 1) * query_step + 1, max_len)
+    kv_len = tl.where(tl.program_id(1) * BM < query_len * G, end, 0)
     lo, hi = split_bounds(kv_len, i_split, NUM_SPLITS, BN)
     # partial results: [R, H, NUM_SPLITS, M, D] and [R, H, NUM_SPLITS, M]
     o_row = (i_rh * NUM_SPLITS + i_split) * num_rows + o_m
@@ -131,7 +133,7 @@ def _attend_kernel(
         b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         if HAS_CAP:
             b_logit = softcap(b_logit, logit_cap)
-        m_seen = m_n[None, :] & (o_p[None, :] <= query_start + o_t[:, None])
+        m_seen = m_n[None, :] & (o_p[None, :] <= query_start + o_t[:, None] * query_step)
         b_logit = tl.where(m_seen, b_logit * LOG2_E, float("-inf"))
         # early queries may see nothing of a late tile
         b_new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
@@ -206,6 +208,7 @@ def _scores_kernel(
     num_kv_heads,
     num_rows,
     max_len,
+    query_step,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
@@ -222,7 +225,8 @@ def _scores_kernel(
     o_p = tl.program_id(1) * BN + tl.arange(0, BN)
     query_start = tl.load(starts_ptr + i_r).to(tl.int32)
     query_len = tl.load(lens_ptr + i_r).to(tl.int32)
-    end = tl.minimum(tl.minimum(query_start + query_len, tl.load(score_lens_ptr + i_r).to(tl.int32)), max_len)
+    kv_len = query_start + (query_len - 1) * query_step + 1
+    end = tl.minimum(tl.minimum(kv_len, tl.load(score_lens_ptr + i_r).to(tl.int32)), max_len)
     end = tl.where(query_len > 0, end, 0)
     p_scores = scores_ptr + i_rh * max_len + o_p
     if tl.program_id(1) * BN >= end:
@@ -252,7 +256,7 @@ def _scores_kernel(
         b_logit = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
         if HAS_CAP:
             b_logit = softcap(b_logit, logit_cap)
-        m_seen = m_m[:, None] & (o_p[None, :] <= query_start + o_t[:, None])
+        m_seen = m_m[:, None] & (o_p[None, :] <= query_start + o_t[:, None] * query_step)
         b_total += tl.sum(tl.where(m_seen, tl.exp2(b_logit * LOG2_E - b_lse[:, None]), 0.0), axis=0)
     b_total = tl.where(m_n, b_total / (query_len * G), 0.0)
     tl.store(p_scores, b_total, mask=o_p < max_len)
@@ -287,6 +291,7 @@ def attend_paged_triton(
     num_splits: int | None,
     anchored_scores: torch.Tensor | None = None,
     score_starts: torch.Tensor | None = None,
+    query_step: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The output where there is a v_cache, the mean scores where there are score_lens, anchored ones where there is
     a buffer for them."""
@@ -328,7 +333,7 @@ def attend_paged_triton(
     q_strides = (q.stride(0), q.stride(1), q.stride(2))
     k_strides = (k_cache.stride(0), k_cache.stride(1))
     v_strides = k_strides if v_cache is None else (v_cache.stride(0), v_cache.stride(1))
-    sizes = (scale, logit_cap, num_kv_heads, num_rows, max_len)
+    sizes = (scale, logit_cap, num_kv_heads, num_rows, max_len, query_step)
     _attend_kernel[(num_reqs * num_kv_heads, row_tiles, num_splits)](
         q,
         k_cache,

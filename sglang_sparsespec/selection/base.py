@@ -29,66 +29,34 @@ class Selection(NamedTuple):
     """[num_reqs], int32: first position that was not selectable. Drafts see all positions from here to themselves."""
 
 
-class SelectionPolicy(ABC):
-    """Scores KV tokens; higher means keep."""
+class Policy(ABC):
+    """From scores to a selection; `SelectionPolicy` scores once a round, `step.StepPolicy` for every draft step."""
 
     name: ClassVar[str]
     """Value of --sparsespec-selection."""
-    needs_attention: ClassVar[bool]
-    """Whether `score` reads captured attention. If not, nothing is captured."""
+    caution: ClassVar[str | None] = None
+    """What a server that runs with this policy says about it at start, where it is not meant for serving."""
 
     def __init__(self, config: SparseSpecConfig) -> None:
         self.config = config
-
-    @abstractmethod
-    def score(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> torch.Tensor:
-        """Score every position of every request.
-
-        Args:
-            attention: [num_reqs, num_kv_heads, max_len], float32: attention probability that the last verify queries
-                (after a prefill: the last prompt queries) gave each position, averaged over queries and the heads of
-                the group; None unless `needs_attention`.
-            kv_lens: [num_reqs], int32: selectable length; scores at and past it are ignored.
-            max_len: an upper bound of `kv_lens`, known to the host.
-
-        Returns:
-            [num_reqs, num_kv_heads or 1, max_len], float32.
-        """
 
     @property
     def pooling(self) -> int:
         """Forward window in tokens over which scores spread before top-k; 0 for none."""
         return 0
 
-    def select(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> Selection:
+    def keep(
+        self, scores: torch.Tensor, kv_lens: torch.Tensor, max_len: int, score_starts: torch.Tensor | None = None
+    ) -> Selection:
         """Keep the budget's worth of best positions below `kv_lens`, in whole blocks.
 
         Args:
-            attention: as in `score`.
-            kv_lens: as in `score`.
-            max_len: as in `score`.
+            scores: [num_reqs, num_kv_heads or 1, max_len], float32; higher means keep.
+            kv_lens: [num_reqs], int32: selectable length; scores at and past it are ignored.
+            max_len: an upper bound of `kv_lens`, known to the host.
+            score_starts: [num_reqs], integer; given, `scores` are those of several layers, [num_layers, num_kv_heads,
+                num_columns], where a request's columns begin, and so are the positions of the selection.
         """
-        return self._keep_best(self.score(attention, kv_lens, max_len), kv_lens, max_len)
-
-    def select_ragged(
-        self, attention: torch.Tensor, score_starts: torch.Tensor, kv_lens: torch.Tensor, max_len: int
-    ) -> Selection:
-        """The same for several layers at once, from attention that lies end to end; for policies whose score it is.
-
-        Args:
-            attention: [num_layers, num_kv_heads, num_columns], float32.
-            score_starts: [num_reqs], integer: where the requests' columns begin.
-            kv_lens: as in `score`.
-            max_len: as in `score`.
-
-        Returns:
-            With positions [num_layers, num_reqs, num_kv_heads or 1, max_budget].
-        """
-        return self._keep_best(attention, kv_lens, max_len, score_starts)
-
-    def _keep_best(
-        self, scores: torch.Tensor, kv_lens: torch.Tensor, max_len: int, score_starts: torch.Tensor | None = None
-    ) -> Selection:
         config = self.config
         max_budget = self.max_budget(max_len)
         budgets = budget_tensor(kv_lens, ratio=config.budget_ratio, min_budget=config.min_budget, max_budget=max_budget)
@@ -114,3 +82,52 @@ class SelectionPolicy(ABC):
     def budget(self, kv_len: int) -> int:
         """Tokens that a request of `kv_len` tokens may select."""
         return budget_tokens(kv_len, ratio=self.config.budget_ratio, min_budget=self.config.min_budget)
+
+
+class SelectionPolicy(Policy):
+    """Scores KV tokens once a round, when the verify runs; all draft steps of the next round see the same selection."""
+
+    needs_attention: ClassVar[bool]
+    """Whether `score` reads captured attention. If not, nothing is captured."""
+
+    def captured_queries(self, num_queries: int) -> range:
+        """Which of a verify's `num_queries` queries are captured, by their index; evenly spaced, so a range.
+
+        A prompt's last queries are all captured: it happens once a request.
+        """
+        return range(num_queries)
+
+    @abstractmethod
+    def score(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> torch.Tensor:
+        """Score every position of every request.
+
+        Args:
+            attention: [num_reqs, num_kv_heads, max_len], float32: attention probability that the captured queries of
+                the last verify (after a prefill: the last prompt queries) gave each position, averaged over queries
+                and the heads of the group; None unless `needs_attention`.
+            kv_lens: [num_reqs], int32: selectable length; scores at and past it are ignored.
+            max_len: an upper bound of `kv_lens`, known to the host.
+
+        Returns:
+            [num_reqs, num_kv_heads or 1, max_len], float32.
+        """
+
+    def select(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> Selection:
+        """Score, and keep the best; arguments as in `score`."""
+        return self.keep(self.score(attention, kv_lens, max_len), kv_lens, max_len)
+
+    def select_layers(
+        self, attention: torch.Tensor, score_starts: torch.Tensor, kv_lens: torch.Tensor, max_len: int
+    ) -> Selection:
+        """The same for several layers at once, by a policy whose score is the attention itself.
+
+        Args:
+            attention: [num_layers, num_kv_heads, num_columns], float32, one request's columns after another's.
+            score_starts: [num_reqs], integer: where the requests' columns begin.
+            kv_lens: as in `score`.
+            max_len: as in `score`.
+
+        Returns:
+            With positions [num_layers, num_reqs, num_kv_heads or 1, max_budget].
+        """
+        return self.keep(attention, kv_lens, max_len, score_starts)

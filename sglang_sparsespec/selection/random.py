@@ -13,6 +13,7 @@ class RandomPolicy(SelectionPolicy):
     """Uniform random scores. Output stays exact; acceptance does not."""
 
     name: ClassVar[str] = "random"
+    caution: ClassVar[str | None] = "drafts are bad on purpose; for tests only"
     needs_attention: ClassVar[bool] = False
 
     def score(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> torch.Tensor:

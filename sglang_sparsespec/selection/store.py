@@ -20,7 +20,60 @@ class DraftKV(NamedTuple):
     slots: torch.Tensor
     """[num_layers, num_reqs, num_kv_heads or 1, width], int32. Garbage past the length of a step."""
     lens: torch.Tensor
-    """[num_reqs], int32: entries before the first drafted token; step j reads `lens + j + 1`."""
+    """[num_reqs], int32: entries that are visible. Before the first step those before the first drafted token."""
+
+    def advanced(self) -> DraftKV:
+        """One more drafted token is visible."""
+        return self._replace(lens=self.lens + 1)
+
+    def layer_kv(
+        self, layer: int, query: torch.Tensor, k_cache: torch.Tensor, *, scale: float, logit_cap: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What one draft step reads in one layer, whatever its query.
+
+        Args:
+            layer: index of the layer.
+            query: [num_reqs, num_q_heads, head_dim].
+            k_cache: [num_slots, num_kv_heads, head_dim], the step's own key included.
+            scale: factor on the logits.
+            logit_cap: soft cap of the logits; 0 is off.
+
+        Returns:
+            slots [num_reqs, num_kv_heads or 1, width] int32, and how many of them are visible, [num_reqs] int32.
+        """
+        return self.slots[layer], self.lens
+
+
+def lay_out(
+    selected: torch.Tensor,
+    num_selected: torch.Tensor,
+    until: torch.Tensor,
+    rows: torch.Tensor,
+    req_to_token: torch.Tensor,
+    *,
+    tail: int,
+) -> torch.Tensor:
+    """Slots of the selected positions, then of every position since the selection was made.
+
+    Args:
+        selected: [..., num_reqs, num_kv_heads or 1, max_selected], int32, positions; anything past `num_selected`.
+        num_selected: [num_reqs], int32.
+        until: [num_reqs], int32, first position of the tail.
+        rows: [num_reqs], int64, page-table rows.
+        req_to_token: [num_rows, max_context], int32, position -> slot.
+        tail: bound of the positions from `until` to the last drafted one.
+
+    Returns:
+        [..., num_reqs, num_kv_heads or 1, max_selected + tail], int32; a slot of the request past the end of the list.
+    """
+    entry = torch.arange(selected.shape[-1] + tail, device=rows.device, dtype=torch.int32)
+    # entries [0, num_selected)        selected positions
+    # entries [num_selected, ...)      positions until, until + 1, ... up to the step's own token
+    recent = until[:, None] + entry - num_selected[:, None]
+    is_selected = entry < num_selected[:, None]
+    positions = torch.where(is_selected[:, None], torch.nn.functional.pad(selected, (0, tail)), recent[:, None])
+    positions = positions.clamp_(0, req_to_token.shape[1] - 1)
+    return req_to_token[rows[:, None, None], positions.long()]
 
 
 class SelectionStore:
@@ -78,14 +131,6 @@ class SelectionStore:
             tail: bound of the positions from `until` to the last drafted one.
         """
         num_selected, until = self.num_selected[rows], self.until[rows]
-        entry = torch.arange(max_selected + tail, device=rows.device, dtype=torch.int32)
-        # entries [0, num_selected)        selected positions
-        # entries [num_selected, ...)      positions until, until + 1, ... up to the step's own token
-        recent = until[:, None] + entry - num_selected[:, None]
-        is_selected = entry < num_selected[:, None]
         selected = self.positions[:, rows, :, :max_selected]
-        selected = torch.nn.functional.pad(selected, (0, tail))
-        positions = torch.where(is_selected[None, :, None], selected, recent[None, :, None])
-        positions = positions.clamp_(0, req_to_token.shape[1] - 1)
-        slots = req_to_token[rows[None, :, None, None], positions.long()]
+        slots = lay_out(selected, num_selected, until, rows, req_to_token, tail=tail)
         return DraftKV(slots, num_selected + (committed_lens.to(torch.int32) - until))

@@ -139,10 +139,11 @@ def make_paged_case(
     dtype: torch.dtype,
     layout: str = "plain",
     seed: int = 0,
+    query_step: int = 1,
 ) -> PagedCase:
     """`spans` holds (query_start, query_len) of each request; one with query_len 0 is padding and owns no slots."""
     generator = torch.Generator().manual_seed(seed)
-    kv_lens = [start + length if length else 0 for start, length in spans]
+    kv_lens = [start + (length - 1) * query_step + 1 if length else 0 for start, length in spans]
     num_slots = 2 * sum(kv_lens) + 2
     caches = make_pool(num_slots, num_kv_heads, head_dim, dtype, generator, layout)
     used = 1 + torch.randperm(num_slots - 1, generator=generator)[: sum(kv_lens)]

@@ -37,7 +37,8 @@ def check(
     expected = capture_scores_reference(*case.without_value(), score_lens, max_len=max_len, **options)
     assert_scores_close(actual, expected)
     for r, score_len in enumerate(score_lens.tolist()):
-        end = min(score_len, int(case.query_starts[r] + case.query_lens[r])) if case.query_lens[r] else 0
+        last_query = int(case.query_starts[r] + (case.query_lens[r] - 1) * options.get("query_step", 1))
+        end = min(score_len, last_query + 1) if case.query_lens[r] else 0
         assert (actual[r, :, end:] == 0).all()
     return actual
 
@@ -100,6 +101,19 @@ def test_caps_logits_and_reads_strided_pools(backend: str, device: torch.device)
     check(backend, device, case, case.query_starts, max_len=43, logit_cap=0.5)
 
 
+@pytest.mark.parametrize(("query_step", "max_len"), [(2, 150), (8, 150), (70, 272)])
+def test_queries_that_stand_apart(backend: str, device: torch.device, query_step: int, max_len: int) -> None:
+    """A causal bound, an end or a grid that still counts neighbours would pass: all other cases step by 1."""
+    spans = [(0, 3), (70, 0), (0, 1), (30, 3), (61, 2), (124, 3)]
+    case = make_paged_case(
+        spans, num_queries=3, num_kv_heads=2, group=3, head_dim=64, dtype=torch.float16, query_step=query_step
+    )
+    check(backend, device, case, case.query_starts + 2, max_len=max_len, query_step=query_step)
+    # every position that some query sees
+    scored = torch.full_like(case.query_starts, max_len)
+    check(backend, device, case, scored, max_len=max_len, query_step=query_step)
+
+
 @pytest.mark.only_backend("triton")
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_splits_merge_to_the_same_result(backend: str, device: torch.device, num_splits: int) -> None:
@@ -121,8 +135,12 @@ def test_rejects_too_small_max_len_on_cpu() -> None:
     case = make_paged_case([(10, 2)], num_queries=2, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
     with pytest.raises(ValueError, match="max_len: expected at least 12"):
         capture_scores(*case.without_value(), case.query_starts, scale=1.0, max_len=11)
+    with pytest.raises(ValueError, match="max_len: expected at least 13"):
+        capture_scores(*case.without_value(), case.query_starts, scale=1.0, max_len=12, query_step=2)
     with pytest.raises(ValueError, match="score_lens"):
         capture_scores(*case.without_value(), case.query_starts.float(), scale=1.0, max_len=12)
+    with pytest.raises(ValueError, match="query_step"):
+        capture_scores(*case.without_value(), case.query_starts, scale=1.0, max_len=12, query_step=0)
 
 
 @pytest.mark.gpu

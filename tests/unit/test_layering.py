@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "plugin": {"errors", "config", "ops", "speculation", "selection", "patches", "adapter"},
     "model_tools": set(),
     "bench": {"errors", "config", "model_tools"},
+    "acceptance": {"errors", "config", "ops", "speculation", "selection", "model_tools"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}

@@ -31,11 +31,12 @@ def capture_scores(
     scale: float,
     max_len: int,
     logit_cap: float = 0.0,
+    query_step: int = 1,
 ) -> torch.Tensor:
     """Attention probability of each position, averaged over a request's queries and the heads of a GQA group.
 
     ``scores[r, h, p] = mean over t < query_lens[r], g < G of softmax_p(cap(scale * q[r, t, h * G + g] . k[p, h]))``
-    where query t stands at position ``query_starts[r] + t`` and sees the positions up to its own.
+    where query t stands at position ``query_starts[r] + t * query_step`` and sees the positions up to its own.
 
     Args:
         q: [R, T, HQ, D], float32, float16 or bfloat16; query t of request r is valid where ``t < query_lens[r]``,
@@ -47,14 +48,16 @@ def capture_scores(
         query_lens: [R], int32 or int64, tokens; in [0, T].
         score_lens: [R], int32 or int64, tokens; positions from here on score exactly 0.
         scale: factor on the logits, before the cap.
-        max_len: tokens, on the host; at least every ``query_starts + query_lens``, may be loose.
+        max_len: tokens, on the host; at least one more than the position of every valid query, may be loose.
         logit_cap: soft cap of the logits; 0 is off.
+        query_step: tokens from one query to the next; above 1 where only some of a verify's queries are captured.
 
     Returns:
         [R, H, max_len], float32; a row of zeros where `query_lens` is 0.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or stride, or a negative cap; on CPU also if `max_len` is too small.
+        ValueError: on a wrong shape, dtype, device or stride, a negative cap, or a step below 1; on CPU also if
+            `max_len` is too small.
 
     Not checked: values on the device (lengths within bounds, slots in the pool).
     Reference: SparseSpec (arXiv:2512.01278), PillarAttn; `score_capture.reference`.
@@ -63,6 +66,8 @@ def capture_scores(
         q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
     )
     check_index("score_lens", score_lens, (q.shape[0],), q.device)
+    if query_step < 1:
+        raise ValueError(f"query_step: expected 1 or more tokens, got {query_step}.")
     capture: Callable[..., torch.Tensor] = capture_scores_torch
     if q.is_cuda:
         # imported where it is used: a CPU install may lack Triton
@@ -80,4 +85,5 @@ def capture_scores(
         scale=scale,
         max_len=max_len,
         logit_cap=logit_cap,
+        query_step=query_step,
     )

@@ -17,6 +17,7 @@ def capture_scores_reference(
     scale: float,
     max_len: int,
     logit_cap: float = 0.0,
+    query_step: int = 1,
 ) -> torch.Tensor:
     num_reqs, _, num_q_heads, _ = q.shape
     num_kv_heads = k_cache.shape[1]
@@ -25,7 +26,7 @@ def capture_scores_reference(
     for r in range(num_reqs):
         query_len = int(query_lens[r])
         for t in range(query_len):
-            kv_len = int(query_starts[r]) + t + 1
+            kv_len = int(query_starts[r]) + t * query_step + 1
             slots = req_to_token[int(req_pool_indices[r]), :kv_len].long()
             for hq in range(num_q_heads):
                 logits = k_cache[slots, hq // group].float() @ q[r, t, hq].float() * scale

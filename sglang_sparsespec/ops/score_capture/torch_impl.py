@@ -22,6 +22,7 @@ def capture_scores_torch(
     scale: float,
     max_len: int,
     logit_cap: float = 0.0,
+    query_step: int = 1,
 ) -> torch.Tensor:
     problem = PagedProblem(
         q,
@@ -35,6 +36,7 @@ def capture_scores_torch(
         scale,
         max_len,
         logit_cap,
+        query_step=query_step,
     )
     _, scores = problem.run()
     assert scores is not None

@@ -25,6 +25,7 @@ def capture_scores_triton(
     scale: float,
     max_len: int,
     logit_cap: float = 0.0,
+    query_step: int = 1,
     num_splits: int | None = None,
 ) -> torch.Tensor:
     """Launch; `num_splits`, a power of two, is for tests."""
@@ -41,6 +42,7 @@ def capture_scores_triton(
         max_len=max_len,
         logit_cap=logit_cap,
         num_splits=num_splits,
+        query_step=query_step,
     )
     assert scores is not None
     return scores

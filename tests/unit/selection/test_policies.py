@@ -10,10 +10,16 @@ import pytest
 import torch
 
 from sglang_sparsespec.config import SparseSpecConfig
-from sglang_sparsespec.selection import POLICIES
+from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 
 if TYPE_CHECKING:
     from sglang_sparsespec.selection.base import Selection
+
+
+def make(name: str, config: SparseSpecConfig) -> SelectionPolicy:
+    policy = POLICIES[name](config)
+    assert isinstance(policy, SelectionPolicy)
+    return policy
 
 
 def selected(selection: Selection, r: int, head: int) -> list[int]:
@@ -60,7 +66,7 @@ CASES: list[dict[str, Any]] = [
 def test_pillar_selects_what_the_rule_says(case: dict[str, Any]) -> None:
     """Passes only if sharing, pooling, budget, sinks, recent window and blocks combine in the documented order."""
     config = SparseSpecConfig(**{"min_budget": 24, "budget_ratio": 0.2, **case})
-    policy = POLICIES["pillar"](config)
+    policy = make("pillar", config)
     kv_lens = [1, 3, 4, 17, 63, 64, 65, 200]
     max_len = 210
     attention = torch.rand(len(kv_lens), 3, max_len) ** 4
@@ -81,12 +87,15 @@ def test_pillar_selects_what_the_rule_says(case: dict[str, Any]) -> None:
             assert len(set(actual)) == len(actual)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES))
+ROUND_POLICIES = sorted(name for name, policy in POLICIES.items() if issubclass(policy, SelectionPolicy))
+
+
+@pytest.mark.parametrize("name", ROUND_POLICIES)
 @pytest.mark.parametrize("granularity", ["token", "4"])
 def test_no_policy_selects_what_was_not_selectable(name: str, granularity: str) -> None:
     """A position at or past the length is a draft that may have been rejected, or another request's leftovers."""
     config = SparseSpecConfig(selection=name, granularity=granularity, min_budget=40, sink=4, recent_window=8)
-    policy = POLICIES[name](config)
+    policy = make(name, config)
     kv_lens = torch.tensor([1, 2, 39, 40, 41, 300], dtype=torch.int32)
     attention = torch.rand(6, 2, 310) if policy.needs_attention else None
     selection = policy.select(attention, kv_lens, 310)
@@ -101,28 +110,35 @@ def test_no_policy_selects_what_was_not_selectable(name: str, granularity: str) 
 def test_window_keeps_sinks_and_the_newest() -> None:
     """A score that rises the wrong way round would keep the oldest tokens and pass every test of bounds."""
     config = SparseSpecConfig(selection="window", min_budget=10, sink=3, recent_window=0, budget_ratio=0.001)
-    selection = POLICIES["window"](config).select(None, torch.tensor([100], dtype=torch.int32), 120)
+    selection = make("window", config).select(None, torch.tensor([100], dtype=torch.int32), 120)
     assert set(selected(selection, 0, 0)) == {0, 1, 2, *range(93, 100)}
 
 
 def test_random_selection_differs_between_refreshes() -> None:
     """The policy exists to make drafts bad in ever new ways; a constant one would exercise one path only."""
     config = SparseSpecConfig(selection="random", min_budget=8, sink=0, recent_window=0, budget_ratio=0.001)
-    policy = POLICIES["random"](config)
+    policy = make("random", config)
     kv_lens = torch.tensor([1000], dtype=torch.int32)
     assert selected(policy.select(None, kv_lens, 1000), 0, 0) != selected(policy.select(None, kv_lens, 1000), 0, 0)
 
 
-def test_pooling_is_pillars_alone() -> None:
+@pytest.mark.parametrize(("num_queries", "captured"), [(2, [0, 1]), (4, [0, 3]), (9, [0, 8])])
+def test_first_last_captures_two_queries(num_queries: int, captured: list[int]) -> None:
+    """A policy that is cheap by name and captures everything would only be seen on a bill."""
+    assert list(make("first-last", SparseSpecConfig()).captured_queries(num_queries)) == captured
+    assert list(make("pillar", SparseSpecConfig()).captured_queries(num_queries)) == list(range(num_queries))
+
+
+def test_pooling_is_for_captured_attention() -> None:
     """Pooling a window score would shift the window."""
     config = SparseSpecConfig(score_pooling=8)
-    assert POLICIES["pillar"](config).pooling == 8
-    assert POLICIES["window"](config).pooling == POLICIES["random"](config).pooling == 0
+    assert make("pillar", config).pooling == make("first-last", config).pooling == 8
+    assert make("window", config).pooling == make("random", config).pooling == 0
 
 
 @pytest.mark.parametrize(("max_len", "expected"), [(1, 16), (100, 100), (192, 192), (4000, 200), (40000, 2000)])
 def test_max_budget_bounds_every_shorter_request(max_len: int, expected: int) -> None:
     """The store is allocated by it; a bound that is too small cuts selections off."""
-    policy = POLICIES["pillar"](SparseSpecConfig(granularity="16"))
+    policy = make("pillar", SparseSpecConfig(granularity="16"))
     assert policy.max_budget(max_len) == expected
     assert all(min(policy.budget(n), n) <= expected for n in range(max_len + 1))
