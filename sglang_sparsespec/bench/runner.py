@@ -118,15 +118,17 @@ class Runner:
         """The baseline stays up; the others come one at a time and take turns with it."""
         baseline, *others = job.contenders
         source = PromptSource(job.target)
-        if not self._is_open(job, None):
+        if not any(
+            self._wants_server(job, other, pair=other.name) or self._gate_is_open(job, other) for other in others
+        ):
             return
         try:
             with self._server(job, baseline) as reference:
                 self._keep_reference(job, reference, source)
                 for other in others:
-                    if not self._is_open(job, other):
-                        continue
                     self._gate_apart(job, other, source)
+                    if not self._wants_server(job, other, pair=other.name):
+                        continue
                     with self._failing(job, other.name), self._server(job, other) as server:
                         self._gate(job, other, server, source)
                         servers = {baseline.name: reference, other.name: server}
@@ -140,21 +142,17 @@ class Runner:
         for repeat in range(job.repeats):
             for contender in job.contenders:
                 is_baseline = contender is job.contenders[0]
-                wants_reference = is_baseline and self._lacks_reference(job)
-                own = self._open_turns(job, contender=contender, repeat=repeat)
-                if not own and not wants_reference and not (needs_gate(job, contender) and repeat == 0):
+                self._gate_apart(job, contender, source)
+                if not self._wants_server(job, contender, contender=contender, repeat=repeat):
                     continue
-                if not own and not wants_reference and self._gate_key(job, contender) in self._finished:
-                    continue
-                with self._failing(job, None, contender=contender, repeat=repeat):
-                    if not is_baseline:
-                        self._gate_apart(job, contender, source)
-                    with self._server(job, contender) as server:
-                        if is_baseline:
-                            self._keep_reference(job, server, source)
-                        else:
-                            self._gate(job, contender, server, source)
-                        self._take(job, {contender.name: server}, source, repeat=repeat)
+                with (
+                    self._failing(job, None, contender=contender, repeat=repeat),
+                    self._server(job, contender) as server,
+                ):
+                    if is_baseline:
+                        self._keep_reference(job, server, source)
+                    self._gate(job, contender, server, source)
+                    self._take(job, {contender.name: server}, source, repeat=repeat)
 
     def _open_turns(self, job: Job, **wanted: Any) -> list[Turn]:
         return [
@@ -163,14 +161,11 @@ class Runner:
             if turn.key not in self._finished and all(getattr(turn, name) == value for name, value in wanted.items())
         ]
 
-    def _is_open(self, job: Job, contender: Contender | None) -> bool:
-        """Whether a pair, or any pair, has something left to do."""
-        members = job.contenders[1:] if contender is None else (contender,)
-        return any(
-            self._open_turns(job, pair=member.name)
-            or (needs_gate(job, member) and self._gate_key(job, member) not in self._finished)
-            for member in members
-        )
+    def _wants_server(self, job: Job, member: Contender, **wanted: Any) -> bool:
+        """Whether something is left for which a contender has to be up: turns, its gate, or the gate's reference."""
+        gates_here = self._gate_is_open(job, member) and not is_simulated(job.target, member)
+        answers = member is job.contenders[0] and self._lacks_reference(job)
+        return gates_here or answers or bool(self._open_turns(job, **wanted))
 
     def _take(self, job: Job, servers: dict[str, Server], source: PromptSource, **wanted: Any) -> None:
         """Every open turn that these servers can serve."""
@@ -230,10 +225,7 @@ class Runner:
         return self._out / "gate" / f"{name}.json"
 
     def _lacks_reference(self, job: Job) -> bool:
-        wanted = any(
-            needs_gate(job, contender) and self._gate_key(job, contender) not in self._finished
-            for contender in job.contenders
-        )
+        wanted = any(self._gate_is_open(job, contender) for contender in job.contenders)
         return wanted and not self._reference_path(job).exists()
 
     def _keep_reference(self, job: Job, server: Server, source: PromptSource) -> None:

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "sglang_sparsespec.bench", "smoke", "--repeats", "1", "--out", str(out), *options]
-    return subprocess.run(command, env=server_env(), capture_output=True, text=True, check=False)
+    env = server_env({"SPARSESPEC_COMMIT": "test"})
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def test_smoke_measures_everyone_and_resumes(tmp_path: Path) -> None:

@@ -177,6 +177,21 @@ def test_random_weights_are_gated_with_simulation_off(
     assert record["has_weights"] is False
 
 
+def test_a_gate_that_is_left_starts_no_server_for_turns(
+    world: World, shapes: Job, h100: Machine, tmp_path: Path
+) -> None:
+    """The file lacks the gate alone: one server without simulation, and the reference is still there."""
+    alone = dataclasses.replace(shapes, gate_on=shapes.target.name)
+    make(alone, h100, tmp_path).run()
+    path = tmp_path / "results.jsonl"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if '"record": "gate"' not in line]
+    path.write_text("".join(kept))
+    FakeServer.events.clear()
+    assert make(alone, h100, tmp_path).run()
+    assert world.starts == [("ours", None)]
+    assert kinds(tmp_path).count("gate") == 1
+
+
 def test_a_red_gate_is_on_file(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
     """The table refuses a speed-up by this record."""
     world.answer["ours"] = [1, 3]
