@@ -22,11 +22,11 @@ ALLOWED: dict[str, set[str]] = {
     "speculation": {"errors", "config", "ops"},
     "selection": {"errors", "config", "ops", "speculation"},
     "patches": {"errors", "config"},
+    "acceptance": {"errors", "config", "ops", "speculation", "selection", "model_tools"},
     "adapter": {"errors", "config", "ops", "speculation", "selection", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "patches", "adapter"},
     "model_tools": set(),
     "bench": {"errors", "config", "model_tools"},
-    "acceptance": {"errors", "config", "ops", "speculation", "selection", "model_tools"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}
