@@ -22,6 +22,8 @@ import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.metrics import RoundMetrics
+from sglang_sparsespec.adapter.offload import Offloader, RequestState
+from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from sglang_sparsespec.selection.store import SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
 
 logger = logging.getLogger(__name__)
@@ -83,9 +86,11 @@ class SparseSpecWorker(BaseSpecWorker):
         target_worker: TpModelWorker,
     ) -> None:
         super().__init__()
-        patches.verify(patch for patch in patches.LEDGER if patch.scope == "sparsespec")
         assert server_args.sparsespec_config is not None, "SPARSESPEC's options were not resolved"
         self.config = server_args.sparsespec_config
+        scopes = ("sparsespec", "offload") if self.config.host_memory_gb > 0 else ("sparsespec",)
+        patches.verify(patch for patch in patches.LEDGER if patch.scope in scopes)
+        self._server_args = server_args
         self.device = server_args.device
         self._target_worker = target_worker
         self._model_runner = target_worker.model_runner
@@ -96,7 +101,16 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
-        self._metrics = RoundMetrics(server_args, self.config.num_steps, is_reporting_rank=ps.tp_rank == 0)
+        self._num_ranks = ps.tp_size
+        self._offload_metrics = None
+        if self.config.host_memory_gb > 0:
+            self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
+        self._metrics = RoundMetrics(
+            server_args,
+            self.config.num_steps,
+            is_reporting_rank=ps.tp_rank == 0,
+            on_report=None if self._offload_metrics is None else self._offload_metrics.report,
+        )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
 
@@ -329,6 +343,31 @@ class SparseSpecWorker(BaseSpecWorker):
             self.config.selection,
             "layers" if self._shares_heads else "KV heads",
             self._store.num_bytes / 2**20,
+        )
+
+        self._install_offloader()
+
+    def _install_offloader(self) -> None:
+        """Hand requests that lose their slots to host memory, where there is any for KV."""
+        if self._offload_metrics is None:
+            return
+
+        def save(req: Req, copy: Callable[[torch.Tensor], torch.Tensor]) -> SavedSelection:
+            return self._store.save(req.req_pool_idx, self._policy.max_budget(req.kv_committed_len), copy)
+
+        def load(req: Req, selection: SavedSelection) -> None:
+            self._store.load(req.req_pool_idx, selection)
+            self._penalties.resume(req)
+
+        patches.install_offloader(
+            Offloader(
+                num_bytes=int(self.config.host_memory_gb * 1e9 / self._num_ranks),
+                tokens_per_round=self.config.num_draft_tokens,
+                model_runner=self._model_runner,
+                server_args=self._server_args,
+                state=RequestState(save=save, load=load, forget=self.prepare_for_kv_cache_release),
+                metrics=self._offload_metrics,
+            )
         )
 
     @property
