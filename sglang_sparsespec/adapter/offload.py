@@ -319,6 +319,7 @@ class Offloader:
         """End every request here whose id starts with `rid`, as SGLang does with its waiting queue."""
         for entry in self._ledger.entries():
             if abort_all or entry.request.rid.startswith(rid):
+                logger.info("SPARSESPEC: aborted request %s (%s)", entry.request.rid, entry.place.value)
                 self._drop(scheduler, entry)
                 scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=entry.request.rid), entry.request)
 
