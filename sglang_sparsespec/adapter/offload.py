@@ -26,8 +26,10 @@ from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_sparsespec.adapter.rejoin import join_running
+from sglang_sparsespec.config import OPTION_PREFIX
+from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
-from sglang_sparsespec.kv.offload import HostPool, Mover, to_host
+from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, to_host
 from sglang_sparsespec.kv.policy import MovePolicy, Seniority, leaving_order, may_enter
 
 if TYPE_CHECKING:
@@ -35,9 +37,9 @@ if TYPE_CHECKING:
 
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.server_args import ServerArgs
 
     from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
+    from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.selection.store import SavedSelection
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Offloader:
         num_bytes: int,
         tokens_per_round: int,
         model_runner: Any,
-        server_args: ServerArgs,
+        server_args: SparseSpecServerArgs,
         state: RequestState,
         metrics: OffloadMetrics,
     ) -> None:
@@ -88,6 +90,18 @@ class Offloader:
             pool.store_dtype,
             num_bytes,
             is_pinned=self._device == "cuda",
+        )
+        if self._host.num_blocks == 0:
+            raise ConfigError(
+                f"{OPTION_PREFIX}host-memory-gb",
+                server_args.sparsespec_host_memory_gb,
+                f"at least {BLOCK_TOKENS * self._host.bytes_per_token / 1e9:.3g} for each rank ({BLOCK_TOKENS} tokens)",
+                "Raise it, or leave it out to have requests retracted.",
+            )
+        logger.info(
+            "SPARSESPEC: host memory for KV %.2f GB, %d tokens",
+            self._host.num_bytes / 1e9,
+            self._host.num_blocks * BLOCK_TOKENS,
         )
         self._mover = Mover(self._host, lambda: [*pool.k_buffer, *pool.v_buffer], self._device)
         self._policy = MovePolicy(tokens_per_round=tokens_per_round, pool_tokens=self._allocator.size)
@@ -124,21 +138,26 @@ class Offloader:
 
         What may not move or finds no room on the host is left to SGLang: retracted, and logged.
         """
-        order = leaving_order([self._seniority(r) for r in batch.reqs], [_is_movable(r) for r in batch.reqs])
         keep = list(range(len(batch.reqs)))
+        room = self._room(batch.tree_cache)
+        needed = batch.new_tokens_required_next_decode()
+        if needed <= room and not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
+            return
+        order = leaving_order([self._seniority(r) for r in batch.reqs], [_is_movable(r) for r in batch.reqs])
         retracted = []
-        while len(keep) > 1 and not batch.check_decode_mem(selected_indices=keep):
-            if self._finish_departure(batch.tree_cache):
+        while not batch.check_decode_mem(selected_indices=keep):
+            if self._give_up_slots(batch.tree_cache, Place.LEAVING):
                 continue
-            if not order:
+            if len(keep) > 1 and order:
+                index = order.pop(0)
+                keep.remove(index)
+                req = batch.reqs[index]
+                # hooked: offloads, or retracts where the host is full
+                batch.release_req(index, len(keep), scheduler.server_args)
+                if not self.holds(req):
+                    retracted.append(req)
+            elif not self._give_up_slots(batch.tree_cache, Place.RETURNING):
                 break
-            index = order.pop(0)
-            keep.remove(index)
-            req = batch.reqs[index]
-            # hooked: offloads, or retracts where the host is full
-            batch.release_req(index, len(keep), scheduler.server_args)
-            if not self.holds(req):
-                retracted.append(req)
         self._start_early_departures(batch, keep, order)
         if len(keep) == len(batch.reqs):
             return
@@ -166,7 +185,7 @@ class Offloader:
 
     def _start_early_departures(self, batch: ScheduleBatch, keep: list[int], order: list[int]) -> None:
         """Below the watermark, begin to copy before the pool is full: the slots are free when the copy is done."""
-        while order:
+        while order and len(keep) > 1:
             room = self._room(batch.tree_cache) + self._ledger.device_tokens(Place.LEAVING)
             needed = batch.new_tokens_required_next_decode(keep)
             if not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
@@ -180,7 +199,7 @@ class Offloader:
         """Offload a request and free its slots before returning; False where it cannot move, and nothing is done."""
         if not _is_movable(req) or not self._start_departure(req):
             return False
-        self._finish_departure(batch.tree_cache, self._ledger.entry(req.rid))
+        self._free_device(batch.tree_cache, self._ledger.entry(req.rid))
         return True
 
     def _start_departure(self, req: Req) -> bool:
@@ -213,13 +232,15 @@ class Offloader:
         self._metrics.left(lost_round=not self._server_args.disable_overlap_schedule)
         return True
 
-    def _finish_departure(self, tree_cache: Any, entry: Entry[Req] | None = None) -> bool:
-        """Wait for one copy to the host, by default the oldest, and free its slots; False if there is none."""
-        leaving = self._ledger.entries(Place.LEAVING)
-        if not leaving:
-            return False
-        self._free_device(tree_cache, entry or leaving[-1])
-        return True
+    def _give_up_slots(self, tree_cache: Any, place: Place) -> bool:
+        """Wait for the copy of the last that arrived at `place`, and free its slots; False if there is none.
+
+        A request that was returning stays on the host, where its KV still is.
+        """
+        moving = self._ledger.entries(place)
+        if moving:
+            self._free_device(tree_cache, moving[-1])
+        return bool(moving)
 
     def _free_device(self, tree_cache: Any, entry: Entry[Req]) -> None:
         transfer = entry.transfer

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.kv import offload as copies
 from sglang_sparsespec.kv.ledger import Place
 
@@ -370,7 +371,8 @@ def test_a_full_host_retracts_and_says_so(
     machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A request that is neither offloaded nor retracted is lost."""
-    host = machine(is_radix=False, host_blocks=0)
+    host = machine(is_radix=False)
+    monkeypatch.setattr(copies.HostPool, "alloc", lambda pool, num_tokens: None)
     offload_on_release(monkeypatch, host)
     batch = fill(host, 6)
     youngest = batch.reqs[-1]
@@ -385,6 +387,38 @@ def test_a_full_host_retracts_and_says_so(
     )
     assert "host memory is full" in caplog.text
     assert host.scheduler.new_token_ratio_tracker.current != 0.1, "SGLang admits less after a retraction"
+
+
+@pytest.mark.parametrize("place", [Place.LEAVING, Place.RETURNING])
+def test_the_last_running_request_gets_what_copies_hold(
+    machine: Callable[..., Machine], slow_copies: set[int], place: Place
+) -> None:
+    """SGLang ends the last request with an error when it does not fit; slots under a copy are no reason for that."""
+    host = machine(is_radix=False)
+    running, other = host.request(prompt(30), 10), host.request(prompt(40, seed=1), 10)
+    batch = host.run(running, other)
+    if place is Place.LEAVING:
+        assert host.offloader._start_departure(other)
+        batch.filter_batch(keep_indices=[0])
+    else:
+        host.leave(batch, other)
+        host.iterate(batch)
+    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    host.allocator.alloc(host.allocator.available_size())
+    running.output_ids.extend(range(K1))
+    running.kv_committed_len += K1
+    assert not batch.check_decode_mem()
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.reqs == [running]
+    assert batch.check_decode_mem()
+    assert [e.place for e in host.offloader._ledger.entries()] == [Place.ON_HOST]
+    host.offloader.check_integrity()
+
+
+def test_memory_for_less_than_a_block_is_refused(machine: Callable[..., Machine]) -> None:
+    """An option that is accepted and cannot hold a single request."""
+    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 0.1; it must be at least 3.28e-05 "):
+        machine(host_blocks=0)
 
 
 def test_a_request_that_is_not_settled_stays(machine: Callable[..., Machine]) -> None:

@@ -36,7 +36,7 @@ def payloads() -> list[Payload]:
             options = {"regex": "[0-9a-f]{40}", "ignore_eos": False}
         elif i % 10 == 7:
             prompt = shared + prompt[:70]
-        payload = greedy(prompt, rng.randint(4, 120), **options)
+        payload = greedy(prompt, rng.randint(6, 120), **options)
         if i % 25 == 9:
             # without token_ids_logprob: SGLang's scheduler dies when only some requests of a prefill ask for it
             payload |= {"logprob_start_len": 0}
