@@ -38,6 +38,8 @@ class Offloader(Protocol):
 
 
 _current: Offloader | None = None
+_late: list[Req] | None = None
+"""While new requests are held back: those that SGLang puts into its queue on the way (their grammar is ready)."""
 
 
 def install(offloader: Offloader | None) -> None:
@@ -74,8 +76,11 @@ def relieve_before_decode(
 def keep_out_of_the_queue(
     original: Callable[..., None], scheduler: Scheduler, req: Req, is_retracted: bool = False
 ) -> None:
-    if not _ours().holds(req):
-        original(scheduler, req, is_retracted=is_retracted)
+    if _ours().holds(req):
+        return
+    original(scheduler, req, is_retracted=is_retracted)
+    if _late is not None and scheduler.waiting_queue[-1:] == [req] and not _ours().may_enter(req):
+        _late.append(scheduler.waiting_queue.pop())
 
 
 def return_before_scheduling(
@@ -94,16 +99,20 @@ def hold_back_new_requests(
 ) -> NextBatchPlan:
     if len(_ours()) == 0:
         return original(scheduler, running_batch)
+    global _late
     before = scheduler.waiting_queue
     held_back = {id(req) for req in before if not _ours().may_enter(req)}
     scheduler.waiting_queue = [req for req in before if id(req) not in held_back]
-    plan = original(scheduler, running_batch)
+    _late = late = []
+    try:
+        plan = original(scheduler, running_batch)
+    finally:
+        _late = None
     # SGLang may have taken requests from the queue and put others into it
     left = {id(req) for req in scheduler.waiting_queue}
     known = {id(req) for req in before}
-    scheduler.waiting_queue = [req for req in before if id(req) in held_back or id(req) in left] + [
-        req for req in scheduler.waiting_queue if id(req) not in known
-    ]
+    added = [req for req in scheduler.waiting_queue if id(req) not in known]
+    scheduler.waiting_queue = [req for req in before if id(req) in held_back or id(req) in left] + added + late
     return plan
 
 

@@ -137,28 +137,32 @@ def test_returns_come_before_scheduling(hooks: Any) -> None:
     assert plans == [("merged", "l"), ("r", "l")]
 
 
-@pytest.mark.parametrize("entering", [(), ("b",), ("a", "c")], ids=str)
+@pytest.mark.parametrize("entering", [(), ("b",), ("a", "c"), ("b", "ready")], ids=str)
 def test_new_requests_wait_while_others_are_held(hooks: Any, entering: tuple[str, ...]) -> None:
     """A queue that loses, doubles or reorders requests; or one that lets the room go that others wait for."""
     waiting = [req(rid) for rid in "abcd"]
     scheduler = SimpleNamespace(waiting_queue=waiting)
     seen: list[list[str]] = []
 
+    def enqueue(scheduler: Any, req: Any, is_retracted: bool) -> None:
+        scheduler.waiting_queue.append(req)
+
     def original(scheduler: Any, running: Any) -> str:
+        # a request whose grammar is ready joins the queue; then the first of it is admitted
+        hooks.keep_out_of_the_queue(enqueue, scheduler, req("ready"))
         seen.append([r.rid for r in scheduler.waiting_queue])
-        # admits the first, and puts a request whose grammar is ready behind the others
-        scheduler.waiting_queue = [*scheduler.waiting_queue[1:], req("grammar")]
+        scheduler.waiting_queue = scheduler.waiting_queue[1:]
         return "plan"
 
     hooks.install(Answers("held", entering=entering))
     assert hooks.hold_back_new_requests(original, scheduler, "r") == "plan"
     assert seen == [list(entering)]
     admitted = entering[:1]
-    assert [r.rid for r in scheduler.waiting_queue] == [rid for rid in "abcd" if rid not in admitted] + ["grammar"]
+    assert [r.rid for r in scheduler.waiting_queue] == [rid for rid in [*"abcd", "ready"] if rid not in admitted]
     hooks.install(Answers())
-    scheduler.waiting_queue = waiting
+    scheduler.waiting_queue = list(waiting)
     hooks.hold_back_new_requests(original, scheduler, "r")
-    assert seen[-1] == list("abcd")
+    assert seen[-1] == [*"abcd", "ready"]
 
 
 @pytest.mark.parametrize(("held", "stock", "expected"), [((), True, True), (("x",), True, False), ((), False, False)])
