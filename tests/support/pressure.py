@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.workload import Payload, Response, greedy, random_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tests.support.server import Server
 
@@ -67,35 +68,46 @@ def send(server: Server, requests: Sequence[Payload], concurrency: int) -> list[
 
 
 class Doomed:
-    """Long requests that are aborted one by one, at random times, while others run.
+    """Long requests that come in waves while others run, and are aborted as soon as somebody waits in host memory.
+
+    A wave is younger than whatever runs, so it is its requests that leave, and that the abort finds away.
 
     Args:
-        count: how many.
-        pace_s: mean time between two aborts.
+        waves: how many at least.
+        until: ends after the first wave for which this is true.
     """
 
-    def __init__(self, server: Server, count: int, pace_s: float, seed: int) -> None:
-        self._server = server
-        self._rng = random.Random(seed)
-        self._pace_s = pace_s
-        self._pool = ThreadPoolExecutor(count + 1)
-        self._rids = [f"doomed-{seed}-{i}" for i in range(count)]
-        self._futures = [
-            self._pool.submit(
-                server.post, "/generate", {**greedy(random_ids(40, seed=i), 180, frequency_penalty=0.1), "rid": rid}
-            )
-            for i, rid in enumerate(self._rids)
-        ]
-        self._aborts = self._pool.submit(self._abort)
+    WAVE, MAX_WAVES, LOOK_S, PATIENCE_S = 6, 12, 0.05, 6.0
 
-    def _abort(self) -> None:
-        for rid in self._rng.sample(self._rids, len(self._rids)):
-            time.sleep(self._rng.uniform(0, 2 * self._pace_s))
-            assert self._server.post("/abort_request", {"rid": rid}).status_code == 200
+    def __init__(self, server: Server, waves: int, until: Callable[[], bool] = lambda: True) -> None:
+        self._server = server
+        self._pool = ThreadPoolExecutor(1)
+        self._done = self._pool.submit(self._run, waves, until)
+
+    def _run(self, waves: int, until: Callable[[], bool]) -> None:
+        for wave in range(self.MAX_WAVES):
+            payloads = [
+                {**greedy(random_ids(40, seed=i), 180, frequency_penalty=0.1), "rid": f"doomed-{wave}-{i}"}
+                for i in range(self.WAVE)
+            ]
+            with ThreadPoolExecutor(self.WAVE) as pool:
+                futures = [pool.submit(self._server.post, "/generate", payload) for payload in payloads]
+                self._wait_for_offload()
+                assert self._server.post("/abort_request", {"rid": f"doomed-{wave}-"}).status_code == 200
+                for future in futures:
+                    future.result()
+            if wave + 1 >= waves and until():
+                return
+
+    def _wait_for_offload(self) -> None:
+        deadline = time.monotonic() + self.PATIENCE_S
+        while time.monotonic() < deadline:
+            time.sleep(self.LOOK_S)
+            held = re.findall(r"SPARSESPEC: (\d+) requests in host memory", self._server.log_tail(20))
+            if held and int(held[-1]) > 0:
+                return
 
     def join(self) -> None:
         """Wait for all of them to end."""
-        self._aborts.result()
-        for future in self._futures:
-            future.result()
+        self._done.result()
         self._pool.shutdown()
