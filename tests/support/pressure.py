@@ -45,6 +45,12 @@ def payloads() -> list[Payload]:
     return made
 
 
+def is_penalised(payload: Payload) -> bool:
+    """Whether a retraction may change its answer: SGLang samples one token without penalties after the prefill."""
+    params = payload["sampling_params"]
+    return "frequency_penalty" in params or "min_new_tokens" in params
+
+
 def load_over_pool() -> float:
     """Mean tokens of as many requests as may run, in pools."""
     sizes = [len(p["input_ids"]) + p["sampling_params"]["max_new_tokens"] for p in payloads()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 
@@ -80,7 +80,6 @@ class Pool:
     requests: list[Request]
     rng: random.Random
     max_running: int = 0
-    order_of_first_entry: list[Request] = field(default_factory=list)
 
     def at(self, place: str) -> list[Request]:
         return sorted((r for r in self.requests if r.place == place), key=lambda r: r.seniority)
