@@ -76,14 +76,14 @@ def send(server: Server, requests: Sequence[Payload], concurrency: int) -> list[
 class Doomed:
     """Long requests that come in waves while others run, and are aborted as soon as somebody waits in host memory.
 
-    A wave is younger than whatever runs, so it is its requests that leave, and that the abort finds away.
+    A wave is larger than what the pool holds beside a few others, and younger, so it is its requests that leave.
 
     Args:
         waves: how many at least.
         until: ends after the first wave for which this is true.
     """
 
-    WAVE, MAX_WAVES, LOOK_S, PATIENCE_S = 6, 12, 0.05, 6.0
+    WAVE, MAX_WAVES, LOOK_S, PATIENCE_S = 20, 12, 0.02, 20.0
 
     def __init__(self, server: Server, waves: int, until: Callable[[], bool] = lambda: True) -> None:
         self._server = server
