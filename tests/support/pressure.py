@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.workload import Payload, Response, greedy, random_ids
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from tests.support.server import Server
 
@@ -76,22 +76,19 @@ def send(server: Server, requests: Sequence[Payload], concurrency: int) -> list[
 class Doomed:
     """Long requests that come in waves while others run, and are aborted as soon as somebody waits in host memory.
 
-    A wave is larger than what the pool holds beside a few others, and younger, so it is its requests that leave.
-
     Args:
-        waves: how many at least.
-        until: ends after the first wave for which this is true.
+        waves: how many.
     """
 
-    WAVE, MAX_WAVES, LOOK_S, PATIENCE_S = 20, 12, 0.02, 20.0
+    WAVE, LOOK_S, PATIENCE_S = 6, 0.05, 6.0
 
-    def __init__(self, server: Server, waves: int, until: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, server: Server, waves: int) -> None:
         self._server = server
         self._pool = ThreadPoolExecutor(1)
-        self._done = self._pool.submit(self._run, waves, until)
+        self._done = self._pool.submit(self._run, waves)
 
-    def _run(self, waves: int, until: Callable[[], bool]) -> None:
-        for wave in range(self.MAX_WAVES):
+    def _run(self, waves: int) -> None:
+        for wave in range(waves):
             payloads = [
                 {**greedy(random_ids(40, seed=i), 180, frequency_penalty=0.1), "rid": f"doomed-{wave}-{i}"}
                 for i in range(self.WAVE)
@@ -102,8 +99,6 @@ class Doomed:
                 assert self._server.post("/abort_request", {"rid": f"doomed-{wave}-"}).status_code == 200
                 for future in futures:
                     future.result()
-            if wave + 1 >= waves and until():
-                return
 
     def _wait_for_offload(self) -> None:
         deadline = time.monotonic() + self.PATIENCE_S
