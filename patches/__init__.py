@@ -1,14 +1,15 @@
 """Every change to SGLang that registration or a subclass cannot make; patches/README.md explains each.
 
 `LEDGER` is the whole list. Nothing of scope `sparsespec` touches a server that runs without the algorithm, and
-nothing of scope `cpu` a machine with a GPU.
+nothing of scope `cpu` a machine with a GPU, and nothing of scope `offload` a server without host memory for KV.
 """
 
 from __future__ import annotations
 
-from sglang_sparsespec.patches import allocation, cpu_host, requests
+from sglang_sparsespec.patches import allocation, cpu_host, offload, requests
 from sglang_sparsespec.patches.ledger import SUPPORTED_SGLANG, Patch, apply, verify
+from sglang_sparsespec.patches.offload import install as install_offloader
 
-LEDGER: tuple[Patch, ...] = (*cpu_host.PATCHES, *allocation.PATCHES, *requests.PATCHES)
+LEDGER: tuple[Patch, ...] = (*cpu_host.PATCHES, *allocation.PATCHES, *requests.PATCHES, *offload.PATCHES)
 
-__all__ = ["LEDGER", "SUPPORTED_SGLANG", "Patch", "apply", "verify"]
+__all__ = ["LEDGER", "SUPPORTED_SGLANG", "Patch", "apply", "install_offloader", "verify"]

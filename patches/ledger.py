@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_SGLANG = ("0.5.17",)
 
-Scope = Literal["always", "cpu", "sparsespec"]
+Scope = Literal["always", "cpu", "sparsespec", "offload"]
 Kind = Literal["around", "before", "after", "replace", "value"]
 
 _HOOK_TYPES = {
@@ -48,7 +48,8 @@ class Patch:
     remove_when: str
     """A condition that someone can check."""
     scope: Scope
-    """`always`: on load. `cpu`: on load, on a machine without an accelerator. `sparsespec`: with the algorithm only."""
+    """`always`: on load. `cpu`: on load, on a machine without an accelerator. `sparsespec`: with the algorithm only.
+    `offload`: with the algorithm and `--sparsespec-host-memory-gb` above 0, in scheduler processes."""
     kind: Kind
     replacement: Any
     """Hook function (see SGLang's HookType), replacing class, or new value."""

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Run the checks: ./scripts/test.sh runs the linters, mypy and every test; ./scripts/test.sh ARGS runs `pytest ARGS`.
 # Without a GPU the tests marked gpu are skipped. The fast part: ./scripts/test.sh -m 'not slow'
+# Tests that take minutes each (the benchmark end to end, a pool under pressure) run with --long.
 set -euo pipefail
 # shellcheck source=scripts/lib/env.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib/env.sh"

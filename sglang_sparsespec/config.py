@@ -57,11 +57,13 @@ class SparseSpecConfig:
     `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together."""
+    host_memory_gb: float = 0.0
+    """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
+    SGLang retracts them instead."""
 
     def __post_init__(self) -> None:
         _check_range("speculative-num-steps", self.num_steps, 1, 64, prefix="--")
-        is_number = isinstance(self.budget_ratio, float | int) and not isinstance(self.budget_ratio, bool)
-        if not is_number or not 0 < self.budget_ratio <= 1:
+        if not _is_number(self.budget_ratio) or not 0 < self.budget_ratio <= 1:
             raise ConfigError(
                 f"{OPTION_PREFIX}budget-ratio",
                 self.budget_ratio,
@@ -78,6 +80,13 @@ class SparseSpecConfig:
         _check_choice("draft-sampling", self.draft_sampling, DRAFT_SAMPLINGS)
         _check_choice("verify-attention", self.verify_attention, VERIFY_ATTENTIONS)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
+            raise ConfigError(
+                f"{OPTION_PREFIX}host-memory-gb",
+                self.host_memory_gb,
+                "a number of at least 0",
+                "It is the host memory for KV in 10^9 bytes, a total for the server; 0 turns offloading off.",
+            )
         # A budget smaller than one block would select nothing; smaller than sink + recent is legal: sinks win.
         if self.min_budget < self.block_size and self.granularity != "token":
             raise ConfigError(
@@ -96,6 +105,10 @@ class SparseSpecConfig:
     def num_draft_tokens(self) -> int:
         """Width of a verify: the current token and k drafts (SGLang's meaning of the name)."""
         return self.num_steps + 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def _check_range(name: str, value: int, low: int, high: int | None, *, prefix: str = OPTION_PREFIX) -> None:

@@ -28,3 +28,7 @@ class RequestError(SparseSpecError, ValueError):
 
 class HostContractError(SparseSpecError, RuntimeError):
     """The installed SGLang lacks something this plugin stands on."""
+
+
+class AccountError(SparseSpecError, RuntimeError):
+    """The accounts of offloaded KV do not balance: a bug in this package."""

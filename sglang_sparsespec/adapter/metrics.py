@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
 
 logger = logging.getLogger(__name__)
@@ -82,9 +84,17 @@ class RoundMetrics:
         server_args: whether and how often to report.
         num_steps: k.
         is_reporting_rank: one rank of a tensor-parallel group speaks.
+        on_report: called at every report, for others who report at the same interval.
     """
 
-    def __init__(self, server_args: SparseSpecServerArgs, num_steps: int, is_reporting_rank: bool) -> None:
+    def __init__(
+        self,
+        server_args: SparseSpecServerArgs,
+        num_steps: int,
+        is_reporting_rank: bool,
+        on_report: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_report = on_report
         self.refresh = RefreshTimer(server_args.device)
         self._num_steps = num_steps
         self._interval = server_args.decode_log_interval
@@ -129,6 +139,8 @@ class RoundMetrics:
             if refresh_ms is not None:
                 self._gauges["selection_refresh_ms"].set(refresh_ms)
         self._warn_if_poor()
+        if self._on_report is not None:
+            self._on_report()
 
     def _warn_if_poor(self) -> None:
         if self._has_warned or not self._speaks or self._verifies < POOR_AFTER_VERIFIES:

@@ -101,6 +101,11 @@ class Penalties:
         lens = torch.ones(len(rows), dtype=torch.int32, device=self._device)
         self._ledger.append([batch.reqs[row].rid for row in rows], tokens, lens)
 
+    def resume(self, req: Req) -> None:
+        """Count a request afresh that runs on without a prefill; its last output is the round's first token."""
+        if has_penalties(req):
+            self._ledger.start(req.rid, req.output_ids, self._vocab_size, self._device)
+
     def rows_of(self, batch: ScheduleBatch) -> PenalisedRows | None:
         """The penalised rows of a batch, or None."""
         rows = [row for row, req in enumerate(batch.reqs) if req.rid in self._ledger]

@@ -93,6 +93,9 @@ def register() -> None:
         # a scheduler process starts with a pickled ServerArgs: the patches of the algorithm are applied here
         check_host()
         patches.apply(patches.LEDGER, "sparsespec")
+        config = getattr(server_args, "sparsespec_config", None)
+        if config is not None and config.host_memory_gb > 0:
+            patches.apply(patches.LEDGER, "offload")
         return SparseSpecWorker
 
     arguments.install()

@@ -25,6 +25,11 @@ from sglang_sparsespec.errors import ConfigError
 ALGORITHM = "SPARSESPEC"
 DEFAULT_NUM_STEPS = 8
 DEFAULT_MAX_RUNNING_REQUESTS = 128
+# of SGLang's --schedule-conservativeness, where a wrong guess costs a copy and not a prefill; not measured yet
+OFFLOAD_CONSERVATIVENESS = 0.1
+_STOCK_CONSERVATIVENESS = next(
+    f.default for f in dataclasses.fields(ServerArgs) if f.name == "schedule_conservativeness"
+)
 _DEFAULTS = SparseSpecConfig()
 
 
@@ -101,6 +106,14 @@ class SparseSpecServerArgs(ServerArgs):
         str,
         Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),
     ] = _DEFAULTS.schedule
+    sparsespec_host_memory_gb: Annotated[
+        float,
+        _help(
+            "host memory for the KV of requests that wait while the pool is full, 10^9 bytes, a total for the server; "
+            "0 leaves SGLang to retract them.",
+            _DEFAULTS.host_memory_gb,
+        ),
+    ] = _DEFAULTS.host_memory_gb
     sparsespec_config: Annotated[
         SparseSpecConfig | None, Arg(help="The validated options; set by resolution.", no_cli=True)
     ] = None
@@ -189,6 +202,8 @@ def resolve(server_args: ServerArgs) -> None:
         server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
     if config.verify_attention == "fused":
         server_args.sparsespec_batch_sizes = _batch_sizes(server_args)
+    if config.host_memory_gb > 0 and server_args.schedule_conservativeness == _STOCK_CONSERVATIVENESS:
+        server_args.schedule_conservativeness = OFFLOAD_CONSERVATIVENESS
     _turn_graphs_off(server_args)
 
 

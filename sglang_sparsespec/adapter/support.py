@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
+
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.config import SparseSpecConfig
 
+MAX_HOST_MEMORY_SHARE = 0.8
 CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
 _WITHOUT = "start without --speculative-algorithm SPARSESPEC"
@@ -166,6 +169,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_model(server_args.get_model_config())
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
+    _check_host_memory(config)
 
 
 def _check_options(server_args: ServerArgs) -> None:
@@ -257,6 +261,17 @@ def _check_model(model: ModelConfig) -> None:
             model.model_path,
             "a decoder with full multi-head or grouped-query attention (Llama, Qwen2, Qwen3, ...)",
             f"This is {kind}: {reason} Choose another model, or {_WITHOUT}.",
+        )
+
+
+def _check_host_memory(config: SparseSpecConfig) -> None:
+    largest = MAX_HOST_MEMORY_SHARE * psutil.virtual_memory().total / 1e9
+    if config.host_memory_gb > largest:
+        raise ConfigError(
+            "--sparsespec-host-memory-gb",
+            config.host_memory_gb,
+            f"at most {largest:.1f}, {MAX_HOST_MEMORY_SHARE:.0%} of this machine's memory",
+            "Lower it: KV memory is pinned and cannot be swapped out.",
         )
 
 

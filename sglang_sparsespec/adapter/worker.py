@@ -24,6 +24,8 @@ from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
 from sglang_sparsespec.adapter.metrics import RoundMetrics
+from sglang_sparsespec.adapter.offload import Offloader, RequestState
+from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from sglang_sparsespec.selection.store import SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
 
 logger = logging.getLogger(__name__)
@@ -92,11 +95,12 @@ class SparseSpecWorker(BaseSpecWorker):
         target_worker: TpModelWorker,
     ) -> None:
         super().__init__()
-        patches.verify(patch for patch in patches.LEDGER if patch.scope == "sparsespec")
         assert server_args.sparsespec_config is not None, "SPARSESPEC's options were not resolved"
         self.config = server_args.sparsespec_config
-        self.device = server_args.device
+        scopes = ("sparsespec", "offload") if self.config.host_memory_gb > 0 else ("sparsespec",)
+        patches.verify(patch for patch in patches.LEDGER if patch.scope in scopes)
         self._server_args = server_args
+        self.device = server_args.device
         self._target_worker = target_worker
         self._model_runner = target_worker.model_runner
         self._policy = POLICIES[self.config.selection](self.config)
@@ -106,7 +110,16 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
-        self._metrics = RoundMetrics(server_args, self.config.num_steps, is_reporting_rank=ps.tp_rank == 0)
+        self._num_ranks = ps.tp_size
+        self._offload_metrics = None
+        if self.config.host_memory_gb > 0:
+            self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
+        self._metrics = RoundMetrics(
+            server_args,
+            self.config.num_steps,
+            is_reporting_rank=ps.tp_rank == 0,
+            on_report=None if self._offload_metrics is None else self._offload_metrics.report,
+        )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
         self._step_kv: StepDraftKV | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
@@ -417,6 +430,7 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         runner.attn_backend = self._backend
         self._make_forwards()
+        self._install_offloader()
         logger.info(
             "SPARSESPEC: k=%d, budget=max(%d, %.3g n), selection=%s over %s, selection state %.1f MiB",
             self.config.num_steps,
@@ -454,6 +468,29 @@ class SparseSpecWorker(BaseSpecWorker):
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         self._verify_forward = PaddedForward("verify", self._verify_body, batch_sizes)
+
+    def _install_offloader(self) -> None:
+        """Hand requests that lose their slots to host memory, where there is any for KV."""
+        if self._offload_metrics is None:
+            return
+
+        def save(req: Req, copy: Callable[[torch.Tensor], torch.Tensor]) -> SavedSelection:
+            return self._store.save(req.req_pool_idx, self._policy.max_budget(req.kv_committed_len), copy)
+
+        def load(req: Req, selection: SavedSelection) -> None:
+            self._store.load(req.req_pool_idx, selection)
+            self._penalties.resume(req)
+
+        patches.install_offloader(
+            Offloader(
+                num_bytes=int(self.config.host_memory_gb * 1e9 / self._num_ranks),
+                tokens_per_round=self.config.num_draft_tokens,
+                model_runner=self._model_runner,
+                server_args=self._server_args,
+                state=RequestState(save=save, load=load, forget=self.prepare_for_kv_cache_release),
+                metrics=self._offload_metrics,
+            )
+        )
 
     @property
     def _shares_heads(self) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sglang_sparsespec.selection.base import Selection
 
 
@@ -76,6 +78,17 @@ def lay_out(
     return req_to_token[rows[:, None, None], positions.long()]
 
 
+class SavedSelection(NamedTuple):
+    """The selections of one request, all layers, away from its row."""
+
+    positions: torch.Tensor
+    """[num_layers, num_kv_heads or 1, width], int32."""
+    num_selected: torch.Tensor
+    """[1], int32."""
+    until: torch.Tensor
+    """[1], int32."""
+
+
 class SelectionStore:
     """Selected positions by layer and page-table row.
 
@@ -111,6 +124,27 @@ class SelectionStore:
         # the same for every layer of a refresh
         self.num_selected[rows] = selection.num_selected
         self.until[rows] = selection.until
+
+    def save(self, row: int, max_selected: int, copy: Callable[[torch.Tensor], torch.Tensor]) -> SavedSelection:
+        """Copies of one row's selections.
+
+        Args:
+            row: of the page table.
+            max_selected: bound of what this request selected, known to the host.
+            copy: makes a copy of a tensor, where and when the caller likes.
+        """
+        width = min(max_selected, self.positions.shape[-1])
+        return SavedSelection(
+            copy(self.positions[:, row, :, :width].contiguous()),
+            copy(self.num_selected[row : row + 1]),
+            copy(self.until[row : row + 1]),
+        )
+
+    def load(self, row: int, saved: SavedSelection) -> None:
+        """Put saved selections into a row, which may be another one: positions do not depend on it."""
+        self.positions[:, row, :, : saved.positions.shape[-1]].copy_(saved.positions, non_blocking=True)
+        self.num_selected[row : row + 1].copy_(saved.num_selected, non_blocking=True)
+        self.until[row : row + 1].copy_(saved.until, non_blocking=True)
 
     def draft_kv(
         self,

@@ -64,9 +64,9 @@ def test_every_patch_is_in_force(server_args: Callable[..., Any]) -> None:
     from sglang_sparsespec.adapter.registration import is_plain_cpu_host
 
     server_args()
-    in_force = [p for p in patches.LEDGER if p.scope != "cpu" or is_plain_cpu_host()]
+    in_force = [p for p in patches.LEDGER if p.scope == "sparsespec" or (p.scope == "cpu" and is_plain_cpu_host())]
     patches.verify(in_force)
-    assert {p.scope for p in patches.LEDGER} == {"cpu", "sparsespec"}
+    assert {p.scope for p in patches.LEDGER} == {"cpu", "sparsespec", "offload"}
 
 
 def test_every_entry_is_complete() -> None:
@@ -232,6 +232,7 @@ WITHOUT_THE_FLAG = """
     import sglang_sparsespec.patches as patches
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
     from sglang_sparsespec.errors import HostContractError
 
     def in_force():
@@ -250,8 +251,19 @@ WITHOUT_THE_FLAG = """
     ServerArgs(model_path=model, device="cpu", attention_backend="torch_native")
     assert in_force() == [], in_force()
     assert not HookRegistry._hooks, HookRegistry._hooks
-    ServerArgs(model_path=model, device="cpu", attention_backend="torch_native", speculative_algorithm="SPARSESPEC")
-    assert in_force() == [patch.target for patch in patches.LEDGER if patch.scope == "sparsespec"], in_force()
+
+    def targets(*scopes):
+        return [patch.target for patch in patches.LEDGER if patch.scope in scopes]
+
+    def create_worker(**options):
+        options = {"device": "cpu", "attention_backend": "torch_native", "disable_overlap_schedule": True, **options}
+        args = ServerArgs(model_path=model, speculative_algorithm="SPARSESPEC", **options)
+        return SpeculativeAlgorithm.from_string("SPARSESPEC").create_worker(args)
+
+    create_worker()
+    assert in_force() == targets("sparsespec"), in_force()
+    create_worker(sparsespec_host_memory_gb=0.1)
+    assert in_force() == targets("sparsespec", "offload"), in_force()
     print("as promised")
 """
 

@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "draft_sampling": "greedy",
     "verify_attention": "fused",
     "schedule": "lockstep",
+    "host_memory_gb": 0.25,
 }
 
 
@@ -114,6 +115,20 @@ def test_what_is_served_is_accepted(server_args: Callable[..., Any], page_size: 
     args = server_args(page_size=page_size, disable_overlap_schedule=disable_overlap, max_running_requests=17)
     assert (args.page_size, args.max_running_requests) == (page_size, 17)
     assert args.disable_overlap_schedule is disable_overlap
+
+
+def test_offloading_admits_more_unless_told_otherwise(server_args: Callable[..., Any]) -> None:
+    """Without offloading nothing may change; with it, cautious admission would leave the pool half empty."""
+    assert server_args().schedule_conservativeness == 1.0
+    assert server_args(sparsespec_host_memory_gb=0.1).schedule_conservativeness == 0.1
+    args = server_args(sparsespec_host_memory_gb=0.1, schedule_conservativeness=0.7)
+    assert args.schedule_conservativeness == 0.7
+
+
+def test_host_memory_beyond_the_machine_is_refused(server_args: Callable[..., Any]) -> None:
+    """Pinned memory cannot be swapped out: the machine would hang instead of the start failing."""
+    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 1000000; it must be at most \d+\.\d, 80% "):
+        server_args(sparsespec_host_memory_gb=1_000_000)
 
 
 def test_given_num_draft_tokens_must_fit(server_args: Callable[..., Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from tests.support import feature_requests, workload
+from tests.support import feature_requests, pressure, workload
 from tests.support.server import Server
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Recorded(NamedTuple):
     parity: workload.ParityRecord
     features: feature_requests.FeatureRecord
+    pressure: list[workload.Exchange]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,10 @@ def recorded(tiny_model: Path) -> Recorded:
     with Server(
         tiny_model, "--skip-server-warmup", "--constrained-json-disable-any-whitespace", env=TINY_ENV
     ) as server:
-        return Recorded(workload.record(server, tiny_model), feature_requests.record(server))
+        parity, features = workload.record(server, tiny_model), feature_requests.record(server)
+        payloads = pressure.payloads()
+        responses = pressure.send(server, payloads, concurrency=32)
+        return Recorded(parity, features, list(map(workload.Exchange, payloads, responses)))
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +53,8 @@ def parity_record(recorded: Recorded) -> workload.ParityRecord:
 @pytest.fixture(scope="session")
 def feature_record(recorded: Recorded) -> feature_requests.FeatureRecord:
     return recorded.features
+
+
+@pytest.fixture(scope="session")
+def pressure_record(recorded: Recorded) -> list[workload.Exchange]:
+    return recorded.pressure

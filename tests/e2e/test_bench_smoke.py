@@ -14,7 +14,7 @@ from tests.support.server import server_env
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:

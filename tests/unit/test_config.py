@@ -26,6 +26,9 @@ VALID: list[tuple[str, Any]] = [
     ("sink", 0),
     ("score_pooling", 0),
     ("score_pooling", 1024),
+    ("host_memory_gb", 0),
+    ("host_memory_gb", 0.5),
+    ("host_memory_gb", 2000),
     *(("selection", choice) for choice in cfg.SELECTIONS),
     *(("granularity", choice) for choice in cfg.GRANULARITIES),
     *(("sharing", choice) for choice in cfg.SHARINGS),
@@ -66,6 +69,12 @@ INVALID: list[tuple[str, Any, str]] = [
     ("draft_sampling", None, "--sparsespec-draft-sampling"),
     ("verify_attention", "auto", "--sparsespec-verify-attention"),
     ("schedule", "unified", "--sparsespec-schedule"),
+    ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
+    ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),
+    ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),
+    ("host_memory_gb", "8", "--sparsespec-host-memory-gb"),
+    ("host_memory_gb", True, "--sparsespec-host-memory-gb"),
+    ("host_memory_gb", None, "--sparsespec-host-memory-gb"),
 ]
 
 

@@ -128,3 +128,27 @@ def test_num_bytes_counts_all_state() -> None:
     """The start-up log line says what a server pays."""
     store = SelectionStore(num_layers=2, num_rows=5, num_heads=3, max_budget=7, device="cpu")
     assert store.num_bytes == 4 * (2 * 5 * 3 * 7 + 5 + 5)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_a_saved_selection_means_the_same_in_another_row(num_heads: int) -> None:
+    """A request that comes back from host memory gets another row; its drafts must see what they would have seen."""
+    max_budget, length = 16, 40
+    store = garbage_store(6, num_heads, max_budget)
+    positions = torch.stack([torch.randperm(length)[:max_budget] for _ in range(num_heads)])[None].to(torch.int32)
+    count, until = torch.tensor([12], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+    for layer in range(NUM_LAYERS):
+        store.write(layer, torch.tensor([2]), Selection(positions.roll(layer, dims=2), count, until))
+    page_table = torch.arange(6 * 100, dtype=torch.int32).view(6, 100)
+    page_table[5] = page_table[2]
+    bounds = {"max_selected": max_budget, "tail": 8}
+    before = store.draft_kv(torch.tensor([2]), torch.tensor([length + 3]), page_table, **bounds)
+    saved = store.save(2, max_selected=14, copy=torch.clone)
+    store.positions[:, 2], store.num_selected[2], store.until[2] = -1, 0, 0
+    others = store.positions[:, [0, 1, 3, 4]].clone()
+    store.load(5, saved)
+    after = store.draft_kv(torch.tensor([5]), torch.tensor([length + 3]), page_table, **bounds)
+    num_read = int(before.lens)
+    assert torch.equal(after.lens, before.lens)
+    assert torch.equal(after.slots[..., : num_read + 4], before.slots[..., : num_read + 4])
+    assert torch.equal(store.positions[:, [0, 1, 3, 4]], others)

@@ -1,0 +1,102 @@
+"""Who leaves the device pool when it runs full, and who may come back: decisions over plain records.
+
+Seniority rules both ways. Of the running requests the last that arrived leaves first; of those in host memory the first
+that arrived returns first, and nobody new is admitted before it. So the oldest request never moves, nobody is overtaken
+for ever, and the system makes progress whatever the load is. Under priority scheduling priority comes before arrival.
+
+How often a request moves is bounded by hysteresis: who returns finds room for `STAY_ROUNDS` rounds of everybody at the
+fastest growth there is, and whoever is admitted afterwards leaves earlier. See `MovePolicy.max_moves`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STAY_ROUNDS = 8
+"""Rounds for which there must be room when a request returns. Not measured yet; a round lost in eight is cheap enough
+to begin with, and at 128 requests and k = 8 it keeps 9,216 tokens free."""
+MAX_SLACK_SHARE = 0.05
+"""Never keep more of the pool free than this, so that it runs at 95 % and more."""
+WATERMARK_SHARE = 0.25
+"""A request starts to leave when less than this share of the slack is left, so that its copy runs beside compute."""
+
+
+class Seniority(NamedTuple):
+    """A smaller one leaves the pool later and returns earlier."""
+
+    rank: int
+    """0 where priorities are off; otherwise smaller for requests that the host prefers."""
+    arrival: float
+    """Any clock that all requests share."""
+    rid: str
+    """Breaks ties, the same way on every rank."""
+
+
+@dataclass(frozen=True)
+class MovePolicy:
+    """When to move.
+
+    Args:
+        tokens_per_round: tokens that a request may commit in one round at most (k + 1).
+        pool_tokens: size of the device pool.
+    """
+
+    tokens_per_round: int
+    pool_tokens: int
+
+    def slack(self, num_running: int) -> int:
+        """Tokens that must be left over, beyond the next step, after a request has returned to `num_running` others."""
+        wanted = STAY_ROUNDS * self.tokens_per_round * (num_running + 1)
+        return min(wanted, int(MAX_SLACK_SHARE * self.pool_tokens))
+
+    def watermark(self, num_running: int) -> int:
+        """Tokens beyond the next step below which a request starts to leave."""
+        return int(WATERMARK_SHARE * self.slack(num_running))
+
+    def may_return(self, *, room: int, needed: int, num_running: int) -> bool:
+        """Whether the senior request in host memory may return now.
+
+        Args:
+            room: tokens free or evictable on the device.
+            needed: its KV and everybody's next step, tokens.
+            num_running: live requests on the device, those that are just coming included. With 0 nothing but this
+                request could ever make room, so it returns as soon as it fits.
+        """
+        if num_running == 0:
+            return needed <= room
+        return needed + self.slack(num_running) <= room
+
+    def should_leave(self, *, room: int, needed: int, num_running: int) -> bool:
+        """Whether one more running request should start to leave before the pool is full.
+
+        Args:
+            room: tokens free, evictable, or about to be freed by requests that are leaving.
+            needed: everybody's next step, tokens.
+        """
+        return num_running > 1 and room < needed + self.watermark(num_running)
+
+    def max_moves(self, new_tokens: int, num_running: int) -> int:
+        """Bound on how often a request of `new_tokens` outputs leaves the device, with at most `num_running` on it.
+
+        A stay lasts at least (slack - watermark) / (growth of everybody in a round) rounds, each of which commits one
+        token or more; under the overlap scheduler the last of them is lost. Where the slack is capped to fewer than two
+        rounds the bound is that of seniority alone: once per token.
+        """
+        growth = self.tokens_per_round * (num_running + 1)
+        rounds = (self.slack(num_running) - self.watermark(num_running)) // growth
+        return 1 + -(-new_tokens // max(1, rounds - 1))
+
+
+def leaving_order(seniorities: Sequence[Seniority], is_movable: Sequence[bool]) -> list[int]:
+    """Indices of the movable requests, the first to leave first."""
+    movable = [index for index, can_move in enumerate(is_movable) if can_move]
+    return sorted(movable, key=lambda index: seniorities[index], reverse=True)
+
+
+def may_enter(rank: int, waiting_outside: Sequence[Seniority]) -> bool:
+    """Whether a new request of `rank` may be admitted while others wait in host memory: if it outranks all of them."""
+    return all(rank < seniority.rank for seniority in waiting_outside)

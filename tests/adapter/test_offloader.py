@@ -1,0 +1,472 @@
+"""The offloader on SGLang's own pools, radix cache, requests and batches: what moves, and what is given back."""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.kv import offload as copies
+from sglang_sparsespec.kv.ledger import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
+
+POOL_TOKENS, NUM_ROWS, LAYERS = 512, 8, 2
+K1 = 9
+
+
+class Machine:
+    """As much of a scheduler as the offloader sees, around real pools; `run` puts requests on it as rounds would."""
+
+    def __init__(self, args: Any, *, is_radix: bool, host_blocks: int = 40) -> None:
+        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.chunk_cache import ChunkCache
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+        from sglang.srt.mem_cache.radix_cache import RadixCache
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        from sglang_sparsespec.adapter.offload import Offloader, RequestState
+        from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
+
+        self.args, page_size = args, args.page_size
+        self.rows = ReqToTokenPool(NUM_ROWS, 256, "cpu", False)
+        self.kv = MHATokenToKVPool(POOL_TOKENS, page_size, torch.float32, 2, 4, LAYERS, "cpu", False)
+        for buffer in self.buffers:
+            buffer.normal_()
+        self.allocator = (
+            TokenToKVPoolAllocator(POOL_TOKENS, torch.float32, "cpu", self.kv, False)
+            if page_size == 1
+            else PagedTokenToKVPoolAllocator(POOL_TOKENS, page_size, torch.float32, "cpu", self.kv, False)
+        )
+        params = CacheInitParams(not is_radix, self.rows, self.allocator, page_size)
+        self.tree = RadixCache(params) if is_radix else ChunkCache(params)
+        stream = torch.cpu.Stream()
+        algorithm = SpeculativeAlgorithm.from_string("SPARSESPEC")
+        self.sent: list[Any] = []
+        self.queued: list[Any] = []
+        self.scheduler: Any = SimpleNamespace(
+            server_args=args,
+            device="cpu",
+            req_to_token_pool=self.rows,
+            token_to_kv_pool_allocator=self.allocator,
+            tree_cache=self.tree,
+            model_config=SimpleNamespace(vocab_size=259, is_encoder_decoder=False),
+            enable_overlap=not args.disable_overlap_schedule,
+            spec_algorithm=algorithm,
+            future_map=algorithm.create_future_map("cpu", self.rows),
+            forward_stream=stream,
+            schedule_stream=stream,
+            forward_stream_ctx=torch.cpu.stream(stream),
+            chunked_req=None,
+            waiting_queue=[],
+            get_num_allocatable_reqs=lambda running: self.rows.available_size(),
+            ipc_channels=SimpleNamespace(
+                send_to_tokenizer=SimpleNamespace(send_output=lambda message, req: self.sent.append(message))
+            ),
+            metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
+            new_token_ratio_tracker=SimpleNamespace(current=0.1),
+            _add_request_to_queue=lambda req, is_retracted=False: self.queued.append(req),
+        )
+        self.saved: dict[int, Any] = {}
+        self.forgotten: list[str] = []
+        block_bytes = copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4
+        self.metrics = OffloadMetrics(args, is_reporting_rank=True)
+        self.offloader = Offloader(
+            num_bytes=host_blocks * block_bytes,
+            tokens_per_round=K1,
+            model_runner=SimpleNamespace(
+                device="cpu",
+                forward_stream=stream,
+                req_to_token_pool=self.rows,
+                token_to_kv_pool=self.kv,
+                token_to_kv_pool_allocator=self.allocator,
+            ),
+            server_args=args,
+            state=RequestState(
+                save=lambda req, copy: copy(torch.tensor([req.req_pool_idx])),  # type: ignore[arg-type,return-value]
+                load=lambda req, state: self.saved.update({req.req_pool_idx: int(state)}),  # type: ignore[call-overload]
+                forget=lambda req: self.forgotten.append(req.rid),
+            ),
+            metrics=self.metrics,
+        )
+        self._arrivals = itertools.count(1)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return [*self.kv.k_buffer, *self.kv.v_buffer]
+
+    def request(self, prompt: list[int], num_outputs: int, rid: str | None = None) -> Any:
+        """After `num_outputs` outputs: its prompt is in the radix cache, slots for the next round are reserved."""
+        from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        arrival = next(self._arrivals)
+        req = Req(rid or f"r{arrival}", "", array("q", prompt), SamplingParams(max_new_tokens=50))
+        req.time_stats.scheduler_recv_time = float(arrival)
+        req.init_next_round_input(self.tree)
+        self.tree.inc_lock_ref(req.last_node)
+        self.rows.alloc([req])
+        committed = len(prompt) + num_outputs - 1
+        page = self.args.page_size
+        start = len(req.prefix_indices)
+        allocated = -(-(committed + 2 * K1) // page) * page
+        slots = self.allocator.alloc(allocated - start)
+        assert slots is not None
+        self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
+        self.rows.write((req.req_pool_idx, slice(start, allocated)), slots)
+        req.kv = ReqKvInfo(kv_allocated_len=allocated, swa_evicted_seqlen=0)
+        req.kv_committed_len = len(prompt)
+        req.set_extend_range(start, len(prompt))
+        self.tree.cache_unfinished_req(req)
+        req.output_ids.extend(range(100, 100 + num_outputs))
+        req.kv_committed_len = committed
+        return req
+
+    def run(self, *reqs: Any) -> Any:
+        """A running batch."""
+        from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+        from sglang_sparsespec.adapter.rejoin import join_running
+
+        return join_running(self.scheduler, ScheduleBatch(reqs=[]), list(reqs), lambda: None)
+
+    def kv_of(self, req: Any) -> list[torch.Tensor]:
+        slots = self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].long()
+        return [buffer[slots].clone() for buffer in self.buffers]
+
+    def leave(self, batch: Any, *reqs: Any) -> None:
+        """Off the batch, as the hook of release_req does; the caller of that filters the batch."""
+        for req in reqs:
+            assert self.offloader.take(batch, req)
+        batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if not self.offloader.holds(r)])
+
+    def iterate(self, batch: Any) -> Any:
+        self.offloader.check_integrity()
+        batch = self.offloader.before_batch(self.scheduler, batch, None)
+        self.offloader.check_integrity()
+        return batch
+
+    def used_slots(self) -> int:
+        return POOL_TOKENS - self.allocator.available_size() - self.tree.evictable_size()
+
+
+@pytest.fixture
+def machine(server_args: Callable[..., Any]) -> Iterator[Callable[..., Machine]]:
+    from sglang.srt import runtime_context
+
+    def build(page_size: int = 1, is_radix: bool = True, host_blocks: int = 40, **options: Any) -> Machine:
+        args = server_args(page_size=page_size, sparsespec_host_memory_gb=0.1, **options)
+        runtime_context.publish(args, role="test")
+        return Machine(args, is_radix=is_radix, host_blocks=host_blocks)
+
+    yield build
+    runtime_context.reset_context()
+
+
+@pytest.fixture
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Copies are under way until this set holds their id, or until somebody waits for them."""
+    done: set[int] = set()
+    monkeypatch.setattr(copies.Transfer, "is_done", lambda self: id(self) in done)
+    monkeypatch.setattr(copies.Transfer, "wait", lambda self: done.add(id(self)))
+    return done
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("is_radix", [True, False], ids=["radix", "no radix"])
+@pytest.mark.parametrize("is_evicted", [True, False], ids=["prefix gone", "prefix cached"])
+def test_a_request_comes_back_as_it_left(
+    machine: Callable[..., Machine], page_size: int, is_radix: bool, is_evicted: bool
+) -> None:
+    """KV of a wrong slot, a length off by one, state of a wrong row, or a prefix that is copied though it is cached."""
+    host = machine(page_size, is_radix)
+    req, other = host.request(prompt(70), 30), host.request(prompt(50, seed=1), 9)
+    batch = host.run(req, other)
+    row, kv, held = req.req_pool_idx, host.kv_of(req), host.used_slots()
+    host.leave(batch, req)
+    assert (req.req_pool_idx, req.kv, req.is_retracted) == (None, None, True)
+    assert host.forgotten == [req.rid]
+    assert host.used_slots() < held
+    if is_evicted:
+        from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+        host.tree.evict(EvictParams(num_tokens=POOL_TOKENS))
+    # the old slots and row belong to others now
+    stolen = host.allocator.alloc(host.allocator.available_size() - 256)
+    for buffer in host.buffers:
+        buffer[stolen] = float("nan")
+    host.rows.free_slots.reverse()
+    batch = host.iterate(batch)
+    assert batch.reqs == [other, req]
+    for got, expected in zip(host.kv_of(req), kv, strict=True):
+        assert torch.equal(got, expected)
+    assert (req.is_retracted, req.retraction_count) == (False, 0)
+    assert (req.kv_committed_len, len(req.output_ids)) == (99, 30)
+    assert host.saved == {req.req_pool_idx: row}
+    shared = 70 // page_size * page_size if is_radix and not is_evicted else 0
+    assert req.cache_protected_len == shared
+    assert host.metrics.counts["copied_in_bytes"] == (99 - shared) * 2 * LAYERS * 8 * 4
+    # what the next round starts from
+    rows = torch.tensor([req.req_pool_idx])
+    assert batch.req_pool_indices.tolist() == [other.req_pool_idx, req.req_pool_idx]
+    assert int(host.scheduler.future_map.new_seq_lens_buf[rows]) == 99
+    assert int(host.scheduler.future_map.output_tokens_buf[rows]) == req.output_ids[-1]
+    assert batch.spec_info.future_indices.tolist() == batch.req_pool_indices.tolist()
+
+
+def test_without_overlap_the_bonus_token_travels_in_the_batch(machine: Callable[..., Machine]) -> None:
+    """There is no relay then: a batch whose inputs have another length than its requests."""
+    host = machine(disable_overlap_schedule=True)
+    req, other = host.request(prompt(20), 5), host.request(prompt(20, seed=1), 7)
+    batch = host.run(req, other)
+    host.leave(batch, req)
+    batch = host.iterate(batch)
+    assert batch.spec_info.future_indices is None
+    assert batch.spec_info.bonus_tokens.tolist() == [other.output_ids[-1], req.output_ids[-1]]
+    assert batch.seq_lens.tolist() == [26, 24]
+    assert host.metrics.counts["offload_lost_rounds"] == 0
+
+
+def move_to(host: Machine, place: Place) -> Any:
+    """One request at `place`, beside a running one."""
+    req = host.request(prompt(40), 10)
+    batch = host.run(host.request(prompt(30, seed=1), 4), req)
+    if place is Place.LEAVING:
+        assert host.offloader._start_departure(req)
+        batch.filter_batch(keep_indices=[0])
+    else:
+        host.leave(batch, req)
+    if place is Place.RETURNING:
+        assert host.iterate(batch).reqs == batch.reqs
+    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    host.offloader.check_integrity()
+    return req
+
+
+@pytest.mark.parametrize("is_radix", [True, False], ids=["radix", "no radix"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("place", list(Place))
+def test_abort_gives_everything_back(
+    machine: Callable[..., Machine], slow_copies: set[int], place: Place, page_size: int, is_radix: bool
+) -> None:
+    """A slot, row, lock or host block of an aborted request that nobody frees, or that a copy still writes to."""
+    host = machine(page_size, is_radix)
+    req = move_to(host, place)
+    host.offloader.abort(host.scheduler, "nobody", abort_all=False)
+    assert host.offloader.holds(req)
+    host.offloader.abort(host.scheduler, req.rid[:2], abort_all=False)
+    assert [message.rid for message in host.sent] == [req.rid]
+    assert (req.req_pool_idx, req.kv) == (None, None)
+    assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._host.used_bytes == 0
+    assert host.rows.available_size() == NUM_ROWS - 1
+    # what the other request holds, in whole pages: 33 committed tokens, of them 30 of its prompt, and its reserve
+    held = -(-(33 + 2 * K1) // page_size) * page_size
+    assert host.allocator.available_size() + host.tree.evictable_size() == POOL_TOKENS - held
+
+
+@pytest.mark.parametrize("place", list(Place))
+def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
+    machine: Callable[..., Machine], slow_copies: set[int], place: Place
+) -> None:
+    """KV of old weights under new ones, or a request that is in two places."""
+    host = machine()
+    req = move_to(host, place)
+    host.offloader.retract_all(host.scheduler)
+    assert host.queued == [req]
+    assert (req.is_retracted, req.retraction_count, req.kv_committed_len, req.kv) == (True, 1, 0, None)
+    assert len(host.offloader) == host.offloader._host.used_bytes == 0
+    assert host.rows.available_size() == NUM_ROWS - 1
+
+
+def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Machine], slow_copies: set[int]) -> None:
+    """Slots handed out earlier are overwritten under the copy, and the request comes back with another's KV."""
+    host = machine()
+    req = move_to(host, Place.LEAVING)
+    used = host.used_slots()
+    held = host.offloader.device_tokens()
+    assert held > 0
+    running = SimpleNamespace(reqs=[])
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    assert host.used_slots() == used, "the copy is under way"
+    slow_copies.update(id(e.transfer) for e in host.offloader._ledger.entries())
+    host.scheduler.chunked_req = object()
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    # its prompt stays in the cache, unlocked
+    assert host.used_slots() == used - held - 40
+    assert host.metrics.counts["offload_stalls"] == 0
+    assert req.kv is None
+
+
+def test_nobody_returns_between_the_chunks_of_a_prompt(machine: Callable[..., Machine]) -> None:
+    """The room was counted when the prompt was admitted; SGLang fails hard if it is gone."""
+    host = machine()
+    req, other = host.request(prompt(20), 5), host.request(prompt(20, seed=1), 7)
+    batch = host.run(req, other)
+    host.leave(batch, req)
+    host.scheduler.chunked_req = object()
+    assert host.iterate(batch).reqs == [other]
+    host.scheduler.chunked_req = None
+    assert host.iterate(batch).reqs == [other, req]
+
+
+def fill(host: Machine, num_requests: int) -> Any:
+    """A batch whose next step does not fit."""
+    reqs = [host.request(prompt(30, seed=i), 10) for i in range(num_requests)]
+    batch = host.run(*reqs)
+    rest = host.allocator.available_size()
+    if rest:
+        host.allocator.alloc(rest)
+    for req in reqs:
+        # a round has been committed: the next one needs slots
+        req.output_ids.extend(range(K1))
+        req.kv_committed_len += K1
+    return batch
+
+
+def test_relief_takes_the_last_arrivals_and_stops_when_the_step_fits(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taking the oldest would starve it; taking too many would empty the pool."""
+    host = machine(is_radix=False)
+    offload_on_release(monkeypatch, host)
+    batch = fill(host, 6)
+    oldest = batch.reqs[:4]
+    assert not batch.check_decode_mem()
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.check_decode_mem()
+    assert batch.reqs[: len(oldest)] == oldest
+    assert 1 <= len(host.offloader) <= 2
+    assert host.queued == []
+    assert host.scheduler.new_token_ratio_tracker.current == 0.1, "nothing was retracted: admit as before"
+
+
+def offload_on_release(monkeypatch: pytest.MonkeyPatch, host: Machine) -> None:
+    """The hook of ScheduleBatch.release_req."""
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang_sparsespec.patches import install_offloader
+    from sglang_sparsespec.patches.offload import offload_instead_of_release
+
+    stock = ScheduleBatch.release_req
+    install_offloader(host.offloader)
+    monkeypatch.setattr(
+        ScheduleBatch, "release_req", lambda batch, *args: offload_instead_of_release(stock, batch, *args)
+    )
+
+
+def test_a_full_host_retracts_and_says_so(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A request that is neither offloaded nor retracted is lost."""
+    host = machine(is_radix=False)
+    monkeypatch.setattr(copies.HostPool, "alloc", lambda pool, num_tokens: None)
+    offload_on_release(monkeypatch, host)
+    batch = fill(host, 6)
+    youngest = batch.reqs[-1]
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.check_decode_mem()
+    assert host.queued[0] is youngest
+    assert all(req.retraction_count == 1 and req.kv is None for req in host.queued)
+    assert (
+        host.metrics.counts["offload_refusals"]
+        == len(host.queued)
+        == host.scheduler.metrics_reporter.num_retracted_reqs
+    )
+    assert "host memory is full" in caplog.text
+    assert host.scheduler.new_token_ratio_tracker.current != 0.1, "SGLang admits less after a retraction"
+
+
+@pytest.mark.parametrize("place", [Place.LEAVING, Place.RETURNING])
+def test_the_last_running_request_gets_what_copies_hold(
+    machine: Callable[..., Machine], slow_copies: set[int], place: Place
+) -> None:
+    """SGLang ends the last request with an error when it does not fit; slots under a copy are no reason for that."""
+    host = machine(is_radix=False)
+    running, other = host.request(prompt(30), 10), host.request(prompt(40, seed=1), 10)
+    batch = host.run(running, other)
+    if place is Place.LEAVING:
+        assert host.offloader._start_departure(other)
+        batch.filter_batch(keep_indices=[0])
+    else:
+        host.leave(batch, other)
+        host.iterate(batch)
+    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    host.allocator.alloc(host.allocator.available_size())
+    running.output_ids.extend(range(K1))
+    running.kv_committed_len += K1
+    assert not batch.check_decode_mem()
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.reqs == [running]
+    assert batch.check_decode_mem()
+    assert [e.place for e in host.offloader._ledger.entries()] == [Place.ON_HOST]
+    host.offloader.check_integrity()
+
+
+def test_memory_for_less_than_a_block_is_refused(machine: Callable[..., Machine]) -> None:
+    """An option that is accepted and cannot hold a single request."""
+    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 0.1; it must be at least 3.28e-05 "):
+        machine(host_blocks=0)
+
+
+def test_a_request_that_is_not_settled_stays(machine: Callable[..., Machine]) -> None:
+    """Its prefill is in flight: the host does not know its first token, so nothing could be resumed."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    host = machine()
+    fresh, ending = host.request(prompt(20), 1), host.request(prompt(20, seed=1), 3)
+    batch = host.run(fresh, ending)
+    fresh.output_ids = array("q")
+    fresh.kv_committed_len = 20
+    ending.to_finish = FINISH_ABORT()
+    assert not host.offloader.take(batch, fresh)
+    assert not host.offloader.take(batch, ending)
+    assert (len(host.offloader), fresh.is_retracted, ending.is_retracted) == (0, False, False)
+
+
+def test_the_senior_returns_first_and_leaves_room(machine: Callable[..., Machine]) -> None:
+    """A junior that overtakes, or a return into a pool that is full again in the next round."""
+    host = machine(is_radix=False)
+    reqs = [host.request(prompt(30, seed=i), 10) for i in range(5)]
+    batch = host.run(*reqs)
+    host.leave(batch, *reqs[1:])
+    assert host.iterate(batch).reqs == reqs
+    host.leave(batch, *reqs[:0:-1])
+    # room for one: 39 tokens of KV, the next steps, the slack
+    taken = host.allocator.alloc(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 26)
+    batch = host.iterate(batch)
+    assert batch.reqs == reqs[:2]
+    host.allocator.free(taken)
+    assert host.iterate(batch).reqs == reqs
+
+
+def test_priorities_decide_before_arrival(machine: Callable[..., Machine]) -> None:
+    """A request of low priority that returns before, and then is preempted by, one that waits with a higher one."""
+    host = machine(enable_priority_scheduling=True)
+    reqs = [host.request(prompt(20, seed=i), 5) for i in range(3)]
+    for req, priority in zip(reqs, (0, 5, 1), strict=True):
+        req.priority = priority
+    batch = host.run(*reqs)
+    host.leave(batch, reqs[0], reqs[2])
+    assert [e.request for e in host.offloader._ledger.entries()] == [reqs[2], reqs[0]]
+    waiting = host.request(prompt(5, seed=9), 1)
+    host.scheduler.waiting_queue = [waiting]
+    waiting.priority = 1
+    assert not host.offloader.may_enter(waiting)
+    waiting.priority = 3
+    assert host.offloader.may_enter(waiting)
+    assert host.iterate(batch).reqs == [reqs[1]]
+    host.scheduler.waiting_queue = []
+    assert host.iterate(batch).reqs == [reqs[1], reqs[2], reqs[0]]

@@ -1,0 +1,167 @@
+"""A pool that holds a third of the load: requests wait in host memory, and answer as if there were room for all.
+
+SGLang checks its pool after every iteration here, slot by slot, and the accounts of host memory with it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import requests
+
+from tests.e2e.conftest import TINY_ENV
+from tests.support import pressure
+from tests.support.parity import Verdict, compare_greedy
+from tests.support.server import Server
+from tests.support.workload import assert_equal_logprobs, assert_greedy_parity
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tests.support.workload import Exchange, Response
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+OPTIONS = (
+    "--speculative-algorithm SPARSESPEC --speculative-num-steps 3 --sparsespec-min-budget 32 --skip-server-warmup "
+    f"--enable-metrics --max-running-requests {pressure.MAX_RUNNING} --max-total-tokens {pressure.POOL_TOKENS} "
+    "--sparsespec-host-memory-gb 0.2"
+)
+CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+SERVERS = {
+    "overlap-page1-radix": "--page-size 1",
+    "sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 --disable-radix-cache "
+    "--schedule-conservativeness 0.01",
+}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(
+    request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
+) -> Iterator[tuple[str, Server]]:
+    # pressure_record first: the reference server is gone before this one starts
+    options = OPTIONS.split() + SERVERS[request.param].split()
+    with Server(tiny_model, *options, env={**TINY_ENV, **CHECKS}) as server:
+        yield request.param, server
+
+
+@pytest.fixture(scope="module")
+def faulty_server(tiny_model: Path, pressure_record: list[Exchange]) -> Iterator[Server]:
+    """Seven of ten allocations of host memory are refused; a copy takes four looks at it."""
+    options = [*OPTIONS.split(), *["--page-size", "16", "--chunked-prefill-size", "64"]]
+    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.7,polls=4"}
+    command = [sys.executable, "-m", "tests.support.faulty_offload"]
+    with Server(tiny_model, *options, env=env, command=command, cwd=REPOSITORY) as server:
+        yield server
+
+
+def not_penalised(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """For tests in which requests are retracted, too."""
+    return [exchange for exchange in exchanges if not pressure.is_penalised(exchange.payload)]
+
+
+def metric(server: Server, name: str) -> float:
+    """One of ours, after a report: the log interval is one round."""
+    server.generate({"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 12, "ignore_eos": True}})
+    text = requests.get(server.url + "/metrics", timeout=60).text
+    found = re.search(rf"^sglang:sparsespec_{name}\{{.*?\}} (\S+)$", text, flags=re.MULTILINE)
+    assert found, f"{name} is not in /metrics"
+    return float(found[1])
+
+
+def assert_answers(expected: Sequence[Exchange], outputs: Sequence[Response]) -> None:
+    assert_greedy_parity(expected, outputs)
+    identical = {
+        r.index
+        for r in compare_greedy([e.response for e in expected], outputs).requests
+        if r.verdict is Verdict.IDENTICAL
+    }
+    assert len(identical) > 0.9 * len(expected)
+    for index in identical:
+        assert_equal_logprobs(expected[index].response, outputs[index], tol=1e-3)
+
+
+def assert_nothing_is_left(server: Server) -> None:
+    server.idle_check()
+    assert metric(server, "offloaded_requests") == 0
+    assert metric(server, "host_memory_bytes") == 0
+    server.idle_check()
+    server.flush_cache()
+    assert server.loads()["num_used_tokens"] == 0
+
+
+def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_record: list[Exchange]) -> None:
+    """KV of another request, a token applied twice or lost, a penalty, grammar or log-probability that is forgotten."""
+    name, live = server
+    assert pressure.load_over_pool() > 3
+    doomed = pressure.Doomed(live, waves=2)
+    outputs = pressure.send(live, [exchange.payload for exchange in pressure_record], pressure.MAX_RUNNING)
+    doomed.join()
+    assert_answers(pressure_record, outputs)
+    assert sum(output["meta_info"]["num_retractions"] for output in outputs) == 0
+    assert_nothing_is_left(live)
+    offloads = metric(live, "offloads_total")
+    assert offloads > 10
+    assert metric(live, "offload_refusals_total") == 0
+    assert metric(live, "offload_lost_rounds_total") == (offloads if "overlap" in name else 0)
+    assert metric(live, "copied_out_bytes_total") >= metric(live, "copied_in_bytes_total") > 0
+    assert metric(live, "copy_in_bytes_per_second") > 0
+    assert "requests in host memory" in live.log_text()
+    assert "Retract requests" not in live.log_text()
+
+
+@pytest.mark.parametrize("mode", ["in_place", "retract"])
+def test_pause_while_requests_wait(server: tuple[str, Server], pressure_record: list[Exchange], mode: str) -> None:
+    """Offloaded requests that a pause forgets, or that come back with KV of weights that a pause was to replace."""
+    _, live = server
+    exchanges = not_penalised(pressure_record)[:40]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pressure.send, live, [exchange.payload for exchange in exchanges], 40)
+        deadline = time.monotonic() + 60
+        while not re.search(r"SPARSESPEC: [1-9]\d* requests in host", live.log_tail(6)) and not future.done():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not future.done(), "nobody left for host memory"
+        assert live.post("/pause_generation", {"mode": mode}).status_code == 200
+        try:
+            if mode == "in_place":
+                assert requests.post(live.url + "/flush_cache", timeout=60).status_code == 400
+        finally:
+            assert live.post("/continue_generation", {}).status_code == 200
+        outputs = future.result()
+    assert_greedy_parity(exchanges, outputs)
+    if mode == "retract":
+        assert any(output["meta_info"]["num_retractions"] > 0 for output in outputs)
+    assert_nothing_is_left(live)
+
+
+def test_refused_moves_retract_and_nothing_else(faulty_server: Server, pressure_record: list[Exchange]) -> None:
+    """A request that is lost, or computed from KV that is not there, when host memory fails or a copy takes long."""
+    exchanges = not_penalised(pressure_record)[:100]
+    outputs = pressure.send(faulty_server, [exchange.payload for exchange in exchanges], pressure.MAX_RUNNING)
+    assert_greedy_parity(exchanges, outputs)
+    assert_nothing_is_left(faulty_server)
+    refusals = metric(faulty_server, "offload_refusals_total")
+    assert refusals > 0
+    assert sum(output["meta_info"]["num_retractions"] for output in outputs) == refusals
+    assert metric(faulty_server, "offloads_total") > 0
+
+
+def test_aborts_while_host_memory_fails(faulty_server: Server, pressure_record: list[Exchange]) -> None:
+    """Slots, host blocks or page-table rows that an abort under pressure leaves behind, or neighbours that it harms.
+
+    Whether it meets a request on its way depends on the moment; tests/adapter/test_offloader.py aborts in each place.
+    """
+    exchanges = not_penalised(pressure_record)[100:]
+    doomed = pressure.Doomed(faulty_server, waves=3)
+    outputs = pressure.send(faulty_server, [exchange.payload for exchange in exchanges], concurrency=16)
+    doomed.join()
+    assert_greedy_parity(exchanges, outputs)
+    assert_nothing_is_left(faulty_server)

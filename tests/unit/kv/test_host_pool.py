@@ -1,0 +1,107 @@
+"""Host blocks and the copies both ways: what comes back is what left, bit for bit, wherever it goes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_sparsespec.kv.offload import HostPool, Mover, to_host
+
+NUM_SLOTS, BLOCK = 300, 16
+
+
+def device_buffers(dtype: torch.dtype) -> list[torch.Tensor]:
+    """K and V of two layers; the V heads are narrower, as in some models."""
+    shapes = [(NUM_SLOTS, 2, 8), (NUM_SLOTS, 2, 8), (NUM_SLOTS, 2, 4), (NUM_SLOTS, 2, 4)]
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def pool_for(buffers: list[torch.Tensor], num_blocks: int) -> HostPool:
+    widths = [buffer[0].numel() for buffer in buffers]
+    num_bytes = num_blocks * BLOCK * sum(widths) * buffers[0].element_size()
+    return HostPool(widths, buffers[0].dtype, num_bytes, block_tokens=BLOCK)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("num_tokens", "start"), [(1, 0), (15, 1), (16, 0), (17, 16), (17, 15), (100, 0), (100, 16), (100, 50), (100, 99)]
+)
+def test_kv_survives_the_way_out_and_back(dtype: torch.dtype, num_tokens: int, start: int) -> None:
+    """A token in another's place, a layer in another's, K for V, or a seam between blocks that is off by one."""
+    buffers = device_buffers(dtype)
+    host = pool_for(buffers, num_blocks=10)
+    mover = Mover(host, lambda: buffers, "cpu")
+    # blocks out of order, as after a while
+    host.free_blocks = [7, 2, 9, 0, 4, 1, 3, 5, 6, 8]
+    blocks = host.alloc(num_tokens)
+    assert blocks is not None
+    slots = torch.randperm(NUM_SLOTS)[:num_tokens]
+    expected = [buffer[slots].clone() for buffer in buffers]
+    with mover.transfer(num_tokens) as out:
+        mover.copy_out(out, slots, blocks)
+    assert out.is_done()
+    for buffer in buffers:
+        buffer.fill_(float("nan"))
+    target = torch.randperm(NUM_SLOTS)[: num_tokens - start]
+    with mover.transfer(num_tokens - start) as back:
+        mover.copy_in(back, target, blocks, start=start)
+    for buffer, kv in zip(buffers, expected, strict=True):
+        assert torch.equal(buffer[target], kv[start:])
+        untouched = torch.ones(NUM_SLOTS, dtype=torch.bool)
+        untouched[target] = False
+        assert buffer[untouched].isnan().all()
+    assert out.num_bytes == num_tokens * 48 * dtype.itemsize
+    assert back.num_bytes == (num_tokens - start) * 48 * dtype.itemsize
+    assert out.seconds() > 0
+    out.wait()
+
+
+def test_requests_do_not_share_blocks() -> None:
+    """KV of one request read back for another is the one error that no parity test forgives."""
+    buffers = device_buffers(torch.float32)
+    host = pool_for(buffers, num_blocks=6)
+    mover = Mover(host, lambda: buffers, "cpu")
+    slots = torch.randperm(NUM_SLOTS)
+    parts = {name: slots[i * 40 : i * 40 + 20 + i] for i, name in enumerate("abc")}
+    expected = {name: buffers[0][part].clone() for name, part in parts.items()}
+    blocks = {}
+    for name, part in parts.items():
+        blocks[name] = host.alloc(len(part))
+        with mover.transfer(len(part)) as transfer:
+            mover.copy_out(transfer, part, blocks[name])
+    assert host.alloc(1) is None, "six blocks are taken"
+    for name, part in parts.items():
+        with mover.transfer(len(part)) as transfer:
+            mover.copy_in(transfer, part, blocks[name])
+        assert torch.equal(buffers[0][part], expected[name])
+        host.free(blocks[name])
+    assert sorted(host.free_blocks) == list(range(6))
+
+
+def test_buffers_are_asked_for_at_every_copy() -> None:
+    """SGLang may replace its buffers after it has captured its graphs."""
+    buffers = device_buffers(torch.float32)
+    host = pool_for(buffers, num_blocks=1)
+    mover = Mover(host, lambda: buffers, "cpu")
+    buffers[:] = device_buffers(torch.float32)
+    blocks, slots = host.alloc(3), torch.tensor([5, 1, 7])
+    assert blocks is not None
+    with mover.transfer(3) as transfer:
+        mover.copy_out(transfer, slots, blocks)
+    assert torch.equal(host.views(host.flat(blocks[0]))[0][:3], buffers[0][slots].flatten(1))
+
+
+@pytest.mark.parametrize("num_bytes", [0, 48 * 4 * BLOCK - 1])
+def test_memory_below_one_block_holds_nothing(num_bytes: int) -> None:
+    """Rounding up would take more memory than the user gave."""
+    host = HostPool([16, 16, 8, 8], torch.float32, num_bytes, block_tokens=BLOCK)
+    assert host.num_blocks == host.num_bytes == 0
+    assert host.alloc(1) is None
+
+
+def test_to_host_is_a_copy() -> None:
+    """A view would change with the row that it was taken from."""
+    row = torch.arange(4)
+    copy = to_host(row)
+    row.zero_()
+    assert copy.tolist() == [0, 1, 2, 3]

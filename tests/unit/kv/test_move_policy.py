@@ -1,0 +1,139 @@
+"""Who moves when: order, hysteresis, progress, and the bound on moves, in a pool that is a number."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from sglang_sparsespec.kv.policy import MovePolicy, Seniority, leaving_order, may_enter
+
+K1 = 9
+
+
+def test_the_last_that_arrived_leaves_first() -> None:
+    """With any other order the oldest request may never end."""
+    seniorities = [Seniority(0, arrival, f"r{arrival}") for arrival in (3.0, 1.0, 4.0, 2.0)]
+    assert leaving_order(seniorities, [True] * 4) == [2, 0, 3, 1]
+    assert leaving_order(seniorities, [True, True, False, True]) == [0, 3, 1]
+    assert leaving_order(seniorities, [False] * 4) == []
+
+
+def test_priority_comes_before_arrival() -> None:
+    """A request that the operator prefers must not leave because it came late."""
+    preferred, other = Seniority(-5, 9.0, "late"), Seniority(0, 1.0, "early")
+    assert leaving_order([preferred, other], [True, True]) == [1, 0]
+    assert may_enter(-6, [preferred, other])
+    assert not may_enter(-5, [preferred, other])
+    assert not may_enter(0, [other])
+    assert may_enter(0, [])
+
+
+def test_who_returns_leaves_room_for_the_others() -> None:
+    """Without hysteresis a request would return into a full pool and leave again in the next round."""
+    policy = MovePolicy(tokens_per_round=K1, pool_tokens=1_000_000)
+    slack = policy.slack(3)
+    assert slack == 8 * K1 * 4
+    assert policy.may_return(room=100 + slack, needed=100, num_running=3)
+    assert not policy.may_return(room=100 + slack - 1, needed=100, num_running=3)
+    # a request that starts to leave does so well before the room is gone that a return requires
+    assert 0 < policy.watermark(3) < slack / 2
+    assert not policy.should_leave(room=100 + slack, needed=100, num_running=4)
+    assert policy.should_leave(room=100 + policy.watermark(4) - 1, needed=100, num_running=4)
+    assert not policy.should_leave(room=100 + policy.watermark(4), needed=100, num_running=4)
+
+
+def test_alone_a_request_returns_as_soon_as_it_fits() -> None:
+    """Nobody else will ever make room: to wait for slack would be to wait for ever."""
+    policy = MovePolicy(tokens_per_round=K1, pool_tokens=1000)
+    assert policy.may_return(room=1000, needed=1000, num_running=0)
+    assert not policy.may_return(room=999, needed=1000, num_running=0)
+    assert not policy.should_leave(room=0, needed=1000, num_running=1)
+
+
+def test_the_pool_is_never_kept_emptier_than_a_twentieth() -> None:
+    """On a small pool eight rounds of everybody could be all of it."""
+    policy = MovePolicy(tokens_per_round=K1, pool_tokens=1000)
+    assert policy.slack(100) == 50
+
+
+@dataclass
+class Request:
+    seniority: Seniority
+    prompt: int
+    new_tokens: int
+    outputs: int = 0
+    moves: int = 0
+    place: str = "waiting"
+
+    @property
+    def held(self) -> int:
+        return self.prompt + self.outputs + 2 * K1
+
+
+@dataclass
+class Pool:
+    """Rounds over a pool that counts tokens; SGLang's admission reduced to: what fits."""
+
+    policy: MovePolicy
+    requests: list[Request]
+    rng: random.Random
+    max_running: int = 0
+
+    def at(self, place: str) -> list[Request]:
+        return sorted((r for r in self.requests if r.place == place), key=lambda r: r.seniority)
+
+    @property
+    def room(self) -> int:
+        return self.policy.pool_tokens - sum(r.held for r in self.at("running"))
+
+    def step(self) -> None:
+        for request in self.at("host"):
+            running = self.at("running")
+            growth = K1 * len(running)
+            if not self.policy.may_return(room=self.room, needed=request.held + growth, num_running=len(running)):
+                break
+            request.place = "running"
+        if not self.at("host"):
+            for request in self.at("waiting"):
+                if request.held + 4 * K1 > self.room:
+                    break
+                request.place = "running"
+        running = self.at("running")
+        assert running, "nothing runs, and something waits"
+        while len(running) > 1 and self.policy.should_leave(
+            room=self.room, needed=K1 * len(running), num_running=len(running)
+        ):
+            leaving = running[leaving_order([r.seniority for r in running], [True] * len(running))[0]]
+            assert leaving is not running[0], "the oldest never moves"
+            leaving.place, leaving.moves = "host", leaving.moves + 1
+            running = self.at("running")
+        self.max_running = max(self.max_running, len(running))
+        for request in running:
+            request.outputs += self.rng.randint(1, K1)
+            if request.outputs >= request.new_tokens:
+                request.place = "done"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_load_ends_and_nobody_moves_more_than_the_bound(seed: int) -> None:
+    """A livelock, a request that starves, or moves without end, at any mix of lengths."""
+    rng = random.Random(seed)
+    pool_tokens = rng.choice([600, 2000, 20_000])
+    policy = MovePolicy(tokens_per_round=K1, pool_tokens=pool_tokens)
+    longest = pool_tokens // 2
+    requests = [
+        Request(Seniority(0, float(i), str(i)), rng.randint(1, longest // 2), rng.randint(1, longest // 2))
+        for i in range(60)
+    ]
+    pool = Pool(policy, requests, rng)
+    for _ in range(50_000):
+        if all(request.place == "done" for request in requests):
+            break
+        pool.step()
+    assert all(request.place == "done" for request in requests)
+    assert any(request.moves > 0 for request in requests)
+    for request in requests:
+        assert request.moves <= policy.max_moves(request.new_tokens, pool.max_running)
+    assert requests[0].moves == 0

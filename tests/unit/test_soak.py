@@ -1,0 +1,63 @@
+"""The soak script's verdicts, on servers that answer wrongly."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("soak", REPOSITORY / "scripts" / "soak.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def answering(tokens: Any, retractions: int = 0) -> Any:
+    """A server that answers with these tokens."""
+
+    def generate(payload: Any) -> Any:
+        if isinstance(tokens, Exception):
+            raise tokens
+        return {"output_ids": tokens, "meta_info": {"num_retractions": retractions}}
+
+    return SimpleNamespace(generate=generate)
+
+
+def test_answers_are_compared_with_earlier_ones(soak: ModuleType) -> None:
+    """Another request's KV shows as another answer to the same prompt."""
+    traffic = soak.Traffic(answering([1, 2, 3]), seed=0)
+    for tokens in ([1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 9]):
+        traffic._server = answering(tokens)
+        traffic.send(0, "answer", 5, len(tokens))
+    assert traffic.failures == []
+    assert traffic.counts["answer"] == 4
+    assert traffic.counts["answers that differ"] == 1
+    assert traffic.counts["tokens"] == 11
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [], RuntimeError("gone")], ids=str)
+def test_a_lost_answer_is_a_failure(soak: ModuleType, tokens: Any) -> None:
+    """A soak that passes while requests vanish says nothing."""
+    traffic = soak.Traffic(answering(tokens), seed=0)
+    traffic.send(7, "answer", 5, 3)
+    assert len(traffic.failures) == 1
+    assert "answer 7" in traffic.failures[0]
+    assert traffic.counts["answer"] == 0
+
+
+def test_growth_compares_the_ends(soak: ModuleType) -> None:
+    """One sample that jumps is noise; a leak moves the last third."""
+    assert soak.growth([100.0, 100, 500, 100, 100, 100]) == pytest.approx(0)
+    assert soak.growth([100.0, 100, 105, 110, 120, 120]) == pytest.approx(0.2)
