@@ -24,12 +24,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "bench")]
+import psutil
+import requests
 
-import psutil  # noqa: E402
-import requests  # noqa: E402
-from provenance import provenance  # noqa: E402
+from sglang_sparsespec.bench.provenance import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from tests.support.server import Server  # noqa: E402
 

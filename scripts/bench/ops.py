@@ -21,16 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.bench.provenance import provenance
+from sglang_sparsespec.ops.paged_attention import paged_attention
+from sglang_sparsespec.ops.score_capture import capture_scores
+from sglang_sparsespec.ops.select_positions import select_positions
+from sglang_sparsespec.ops.sparse_decode import sparse_decode
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "scripts" / "bench")]
-
-from provenance import provenance  # noqa: E402
-
-from sglang_sparsespec.ops.paged_attention import paged_attention  # noqa: E402
-from sglang_sparsespec.ops.score_capture import capture_scores  # noqa: E402
-from sglang_sparsespec.ops.select_positions import select_positions  # noqa: E402
-from sglang_sparsespec.ops.sparse_decode import sparse_decode  # noqa: E402
-
 NUM_DRAFT_TOKENS = 9
 
 
