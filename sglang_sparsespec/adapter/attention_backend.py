@@ -206,7 +206,7 @@ class SparseSpecAttnBackend:
     ) -> torch.Tensor:
         if isinstance(forward_batch.spec_info, SparseSpecVerifyInput) and forward_batch.spec_info.is_fused:
             assert self.fused is not None
-            return self.fused.attend(q, k, v, layer, forward_batch.out_cache_loc)
+            return self.fused.attend(q, k, v, layer, forward_batch.out_cache_loc, save_kv_cache)
         plan = self._capture
         if plan is None:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)

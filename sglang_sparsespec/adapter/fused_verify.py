@@ -76,12 +76,22 @@ class FusedVerify:
         self._score_starts = lens.cumsum(0) - lens
 
     def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, out_cache_loc: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        out_cache_loc: torch.Tensor,
+        save_kv_cache: bool,
     ) -> torch.Tensor:
-        """One layer's attention, flat; writes its KV and, with the last layer that waits, the selections."""
+        """One layer's attention, flat; with the last layer that waits, the selections too.
+
+        Writes K and V unless the model has done so (`save_kv_cache`): a fused rotary kernel may hand on none.
+        """
         plan = self._plan
         assert plan is not None, "a verify before it was planned"
-        self._kv_pool.set_kv_buffer(layer, KVWriteLoc(out_cache_loc, None), k, v)
+        if save_kv_cache:
+            self._kv_pool.set_kv_buffer(layer, KVWriteLoc(out_cache_loc, None), k, v)
         waiting = layer.layer_id % self._scores.shape[0]
         scores = None if self._policy is None else self._scores[waiting]
         out, _ = paged_attention(
