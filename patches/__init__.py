@@ -1,6 +1,6 @@
 """Every change to SGLang that registration or a subclass cannot make; patches/README.md explains each.
 
-`LEDGER` is the whole list. Nothing of scope `sparsespec` touches a server that runs without the algorithm, and
+`LEDGER` is the whole list. Nothing of scope `sparsespec` touches a server that runs without the algorithm,
 nothing of scope `cpu` a machine with a GPU, and nothing of scope `offload` a server without host memory for KV.
 """
 

@@ -106,6 +106,12 @@ class SparseSpecConfig:
         """Width of a verify: the current token and k drafts (SGLang's meaning of the name)."""
         return self.num_steps + 1
 
+    @property
+    def draft_tail(self) -> int:
+        """Most positions from where a selection ends to the last draft: what the selection's block left out, the verify
+        that made it, and the drafts and current token of the next round."""
+        return 2 * self.num_draft_tokens + self.block_size
+
 
 def _is_number(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool)

@@ -206,7 +206,7 @@ class Drafter:
             committed_lens,
             self.model.req_to_token,
             max_selected=min(self.policy.max_budget(max_committed_len), self.store.positions.shape[-1]),
-            tail=2 * self.config.num_draft_tokens + self.config.block_size,
+            tail=self.config.draft_tail,
         )
 
     def _verify_pass(self, rows: torch.Tensor, positions: torch.Tensor) -> DensePass:

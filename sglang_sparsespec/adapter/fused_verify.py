@@ -1,7 +1,7 @@
 """Verify attention of our own: one pass that attends and scores, and one selection for several layers.
 
 The kernel reads K once; the scores are anchored (`ops.paged_attention`), so no second pass follows. Scores of a few
-layers wait in a buffer until one launch selects for all of them. Nothing here depends on lengths that the host knows,
+layers wait in a buffer until one call selects for all of them. Nothing here depends on lengths that the host knows,
 so a verify can be captured.
 """
 
@@ -65,10 +65,6 @@ class FusedVerify:
         self._plan: FusedPlan | None = None
         self._score_starts = torch.empty(0)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._scores.numel() * self._scores.element_size()
-
     def begin(self, plan: FusedPlan) -> None:
         """Before the first layer of a verify."""
         self._plan = plan
@@ -117,7 +113,6 @@ class FusedVerify:
         plan = self._plan
         assert plan is not None
         assert self._policy is not None
-        selection = self._policy.select_layers(
-            self._scores[:num_layers], self._score_starts, plan.committed_lens, plan.max_len
-        )
+        # the policy's score is the attention itself
+        selection = self._policy.keep(self._scores[:num_layers], plan.committed_lens, plan.max_len, self._score_starts)
         self._store.write_layers(first_layer, plan.rows, selection)

@@ -203,7 +203,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 plan.committed_lens,
                 req_to_token,
                 max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
-                tail=self._tail,
+                tail=self.config.draft_tail,
             )
         self._static.load(plan.rows, plan.committed_lens, plan.positions, plan.slots, draft_kv, plan.batch_size)
 
@@ -451,13 +451,11 @@ class SparseSpecWorker(BaseSpecWorker):
         if isinstance(self._policy, StepPolicy):
             # for analysis: selects with bounds that the host knows, and makes tensors as it goes
             batch_sizes = []
-        # until the last draft: since the selection was made, a verify (k + 1), the k drafts, and what blocks left out
-        self._tail = 2 * self.config.num_draft_tokens + self.config.block_size
         self._static = StaticRound(
             max_reqs=max_reqs,
             num_draft_tokens=self.config.num_draft_tokens,
             store=self._store,
-            tail=self._tail,
+            tail=self.config.draft_tail,
             device=self.device,
         )
         self._logits: torch.Tensor | None = None

@@ -5,41 +5,25 @@ No download. Real text matters for every measurement of acceptance; random ids d
 
 from __future__ import annotations
 
-import argparse as code_a
-import asyncio.base_events as code_b
-import difflib as code_c
-import inspect as code_d
 import json
 import random
-import subprocess as code_e
-import tarfile as code_f
-import typing as code_g
-import unittest.mock as code_h
-from pathlib import Path
-from pydoc_data import topics
 from typing import TYPE_CHECKING
 
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.model_tools.texts import builtin_texts
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
-SOURCES = (code_a, code_b, code_c, code_d, code_e, code_f, code_g, code_h)
 PROMPT_FIELDS = ("prompt", "text", "question", "problem")
-
-
-def texts() -> list[str]:
-    """Sixteen long texts: eight modules, and the manual's topics in eight parts of whole topics."""
-    modules = [Path(str(module.__file__)).read_text() for module in SOURCES]
-    prose = sorted(topics.topics.values(), key=len, reverse=True)
-    parts = ["\n\n".join(prose[i::8]) for i in range(8)]
-    return [text for pair in zip(modules, parts, strict=True) for text in pair]
 
 
 def token_prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int], seed: int = 0) -> list[list[int]]:
     """One prompt of each length, in tokens: code and prose in turn, each from a place of its own."""
     rng = random.Random(seed)
-    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts()]
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in builtin_texts()]
     prompts = []
     for i, length in enumerate(lengths):
         # a text shorter than the prompt goes on with the next one

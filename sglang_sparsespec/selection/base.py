@@ -115,19 +115,3 @@ class SelectionPolicy(Policy):
     def select(self, attention: torch.Tensor | None, kv_lens: torch.Tensor, max_len: int) -> Selection:
         """Score, and keep the best; arguments as in `score`."""
         return self.keep(self.score(attention, kv_lens, max_len), kv_lens, max_len)
-
-    def select_layers(
-        self, attention: torch.Tensor, score_starts: torch.Tensor, kv_lens: torch.Tensor, max_len: int
-    ) -> Selection:
-        """The same for several layers at once, by a policy whose score is the attention itself.
-
-        Args:
-            attention: [num_layers, num_kv_heads, num_columns], float32, one request's columns after another's.
-            score_starts: [num_reqs], integer: where the requests' columns begin.
-            kv_lens: as in `score`.
-            max_len: as in `score`.
-
-        Returns:
-            With positions [num_layers, num_reqs, num_kv_heads or 1, max_budget].
-        """
-        return self.keep(attention, kv_lens, max_len, score_starts)
