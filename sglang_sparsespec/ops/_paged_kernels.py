@@ -272,6 +272,8 @@ def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, 
         "BD": max(16, triton.next_power_of_2(head_dim)),
         # of 4 and 8 the faster at 64 rows of 128 bfloat16, by 1.35 (H100, 2026-11-22)
         "num_warps": 8 if is_large and block_rows == 64 else 4,
+        # 64 rows: 3 beat 2 by 1.2, 16 rows: 2 beat 3 by 1.1 (D 128 bfloat16, H100, 2026-11-22)
+        "num_stages": 2 if is_large or block_rows < 64 else 3,
     }
 
 
@@ -353,8 +355,6 @@ def attend_paged_triton(
         NUM_ANCHORS=0 if planes is None else NUM_ANCHORS,
         NUM_FIRST=NUM_FIRST_ANCHORS,
         HAS_VALUE=v_cache is not None,
-        # 64 rows: 3 beat 2 by 1.2, 16 rows: 2 beat 3 by 1.1 (D 128 bfloat16, H100, 2026-11-22)
-        num_stages=3 if block_rows == 64 and block == 64 else 2,
         **constants,
     )
     if out is not None:
@@ -386,7 +386,6 @@ def attend_paged_triton(
             *k_strides,
             req_to_token.stride(0),
             *sizes,
-            num_stages=2,
-            **constants,
+            **{**constants, "num_stages": 2},
         )
     return out, scores

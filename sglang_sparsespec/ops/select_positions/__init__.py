@@ -6,6 +6,8 @@ Invariant: the kept positions stand first in a row, whole blocks, -1 after them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sglang_sparsespec.ops._checks import check_dtype, check_index, check_shape
@@ -82,15 +84,20 @@ def select_positions(
         check_index("score_starts", score_starts, (num_reqs,), scores.device)
         if max_len is None or max_len < 0:
             raise ValueError(f"max_len: expected 0 or more tokens together with score_starts, got {max_len}.")
+    options: dict[str, Any] = {
+        "max_budget": max_budget,
+        "sink": sink,
+        "recent_window": recent_window,
+        "pooling": pooling,
+        "granularity": granularity,
+        "share_heads": share_heads,
+    }
+    if scores.is_cuda:
+        # imported where it is used: a CPU install may lack Triton
+        from sglang_sparsespec.ops.select_positions.triton_impl import select_positions_triton
+
+        return select_positions_triton(scores, kv_lens, budgets, score_starts, max_len=max_len, **options)
+    if score_starts is not None:
+        assert max_len is not None
         scores = unravel(scores, score_starts, max_len)
-    return select_positions_torch(
-        scores,
-        kv_lens,
-        budgets,
-        max_budget=max_budget,
-        sink=sink,
-        recent_window=recent_window,
-        pooling=pooling,
-        granularity=granularity,
-        share_heads=share_heads,
-    )
+    return select_positions_torch(scores, kv_lens, budgets, **options)

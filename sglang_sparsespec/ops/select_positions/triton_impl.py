@@ -153,9 +153,9 @@ def select_positions_triton(
     scores: torch.Tensor,
     kv_lens: torch.Tensor,
     budgets: torch.Tensor,
-    score_starts: torch.Tensor,
+    score_starts: torch.Tensor | None,
     *,
-    max_len: int,
+    max_len: int | None,
     max_budget: int,
     sink: int,
     recent_window: int,
@@ -164,15 +164,25 @@ def select_positions_triton(
     share_heads: bool,
     block: int = _BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch; scores are [L, HS, C], one request's columns after another's. `block`, a power of two, is for tests."""
-    num_layers, num_heads, _ = scores.shape
-    num_reqs = kv_lens.shape[0]
+    """Launch; scores in any form that `select_positions` takes. `block`, a power of two, is for tests."""
+    num_reqs, num_heads = kv_lens.shape[0], scores.shape[-2]
+    num_layers = scores.shape[0] if scores.dim() == 4 or score_starts is not None else 1
     num_lists = 1 if share_heads else num_heads
     num_rows = num_layers * num_reqs * num_lists
     positions = torch.empty((num_layers, num_reqs, num_lists, max_budget), dtype=torch.int32, device=scores.device)
     num_selected = torch.empty(num_reqs, dtype=torch.int32, device=scores.device)
+    shape = positions.shape if scores.dim() == 4 or score_starts is not None else positions.shape[1:]
+    if score_starts is None:
+        # a request's columns begin at its own row
+        scores = scores.contiguous()
+        max_len = scores.shape[-1]
+        score_starts = torch.arange(num_reqs, device=scores.device) * (num_heads * max_len)
+        stride_layer = num_reqs * num_heads * max_len
+    else:
+        stride_layer = scores.stride(0)
+    assert max_len is not None
     if num_rows == 0:
-        return positions, num_selected.zero_()
+        return positions.view(shape), num_selected.zero_()
     # the interpreter has no multiprocessors
     num_sms = torch.cuda.get_device_properties(scores.device).multi_processor_count if scores.is_cuda else 1
     num_programs = min(num_rows, _WAVES * num_sms, max(1, _SCRATCH_BYTES // (8 * max(1, max_len))))
@@ -185,8 +195,8 @@ def select_positions_triton(
         scratch,
         positions,
         num_selected,
-        scores.stride(0),
-        scores.stride(1),
+        stride_layer,
+        scores.stride(-2),
         num_rows,
         num_reqs,
         num_lists,
@@ -201,4 +211,4 @@ def select_positions_triton(
         BLOCK=block,
         num_warps=4,
     )
-    return positions, num_selected
+    return positions.view(shape), num_selected
