@@ -263,17 +263,15 @@ def _scores_kernel(
 
 
 def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and positions per tile, and how many warps a program has."""
+    """Rows and positions per tile, and how many warps and loads in flight a program has."""
     block_rows = min(64, max(16, triton.next_power_of_2(num_rows)))
     is_large = head_dim > 128 or dtype == torch.float32
     return {
         "BM": block_rows,
-        "BN": 32 if is_large else 64,
+        "BN": 32 if is_large else 64 if block_rows == 64 else 128,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        # of 4 and 8 the faster at 64 rows of 128 bfloat16, by 1.35 (H100, 2026-11-22)
         "num_warps": 8 if is_large and block_rows == 64 else 4,
-        # 64 rows: 3 beat 2 by 1.2, 16 rows: 2 beat 3 by 1.1 (D 128 bfloat16, H100, 2026-11-22)
-        "num_stages": 2 if is_large or block_rows < 64 else 3,
+        "num_stages": 3 if block_rows == 64 and not is_large else 2,
     }
 
 

@@ -113,8 +113,8 @@ def _select_kernel(
 
         # the highest key that at least num_kept blocks reach, from its highest bit down
         last_kept = tl.full([], -(2**31), dtype=tl.int64)
-        for i in range(0, 32):
-            candidate = last_kept + (tl.full([], 1, dtype=tl.int64) << (31 - i))
+        for bit in range(0, 32):
+            candidate = last_kept + (tl.full([], 1, dtype=tl.int64) << (31 - bit))
             b_count = tl.zeros([BLOCK], dtype=tl.int32)
             for start in range(0, num_blocks, BLOCK):
                 m_block = start + o_b < num_blocks

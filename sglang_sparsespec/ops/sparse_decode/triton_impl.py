@@ -122,12 +122,16 @@ def _reduce_kernel(
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Entries per tile, and how many warps and loads in flight a program has."""
+    """Entries per tile, and how many warps and loads in flight a program has.
+
+    One warp: lists are short, and many small programs hide the gather's latency better than a few large ones.
+    """
+    is_large = head_dim > 128 or dtype == torch.float32
     return {
-        "BS": 32 if head_dim > 128 or dtype == torch.float32 else 64,
+        "BS": 16 if is_large else 32,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 1,
+        "num_stages": 4,
     }
 
 

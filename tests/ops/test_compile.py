@@ -1,0 +1,103 @@
+"""Every Triton kernel compiles for a GPU, on a machine without one: the interpreter accepts what the compiler refuses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+triton = pytest.importorskip("triton")
+
+HOPPER = ("cuda", 90, 32)
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Launches compile and run nothing; yields the names of what was compiled."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    names: list[str] = []
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        given = dict(zip(self.arg_names, args, strict=False)) | kwargs
+        signature, constants = {}, {}
+        for parameter in self.params:
+            value = given.get(parameter.name, parameter.default)
+            if parameter.is_constexpr:
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[parameter.name] = TYPES[value.dtype]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+        source = ASTSource(fn=self, signature=signature, constexprs=constants)
+        triton.compile(source, target=GPUTarget(*HOPPER), options=options)
+        names.append(self.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    yield names
+
+
+def paged(dtype: torch.dtype, head_dim: int, group: int, num_queries: int) -> tuple[torch.Tensor, ...]:
+    """q, k, v, and the table of two requests of 64 tokens."""
+    q = torch.zeros(2, num_queries, 2 * group, head_dim, dtype=dtype)
+    pool = torch.zeros(160, 2, head_dim, dtype=dtype)
+    table = torch.arange(160, dtype=torch.int32).view(2, 80)
+    rows, lens = torch.arange(2), torch.tensor([64, 50], dtype=torch.int32)
+    return q, pool, pool, table, rows, lens, torch.full_like(lens, num_queries)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group"),
+    [(torch.bfloat16, 128, 4), (torch.bfloat16, 80, 1), (torch.bfloat16, 256, 16), (torch.float32, 64, 3)],
+)
+def test_attention_compiles(compiled: list[str], dtype: torch.dtype, head_dim: int, group: int) -> None:
+    from sglang_sparsespec.ops._paged_kernels import attend_paged_triton
+    from sglang_sparsespec.ops.sparse_decode.triton_impl import sparse_decode_triton
+
+    q, k, v, *table = paged(dtype, head_dim, group, num_queries=9)
+    options: dict[str, Any] = {"scale": 0.1, "max_len": 80, "num_splits": 2}
+    attend_paged_triton(q, k, v, *table, table[2], logit_cap=30.0, **options)
+    scores, starts = torch.zeros(2, 128), torch.tensor([0, 64])
+    attend_paged_triton(
+        q, k, v, *table, None, logit_cap=0.0, anchored_scores=scores, score_starts=starts, **options
+    )
+    slots, lens = torch.zeros(2, 2, 40, dtype=torch.int32), torch.tensor([40, 3], dtype=torch.int32)
+    sparse_decode_triton(q[:, 0], k, v, slots, lens, scale=0.1, num_splits=2)
+    sparse_decode_triton(q[:, 0], k, v, slots[:, :1], lens, scale=0.1, logit_cap=30.0, num_splits=1)
+    assert len(compiled) == 3 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("share_heads", [False, True])
+@pytest.mark.parametrize(("granularity", "pooling"), [(1, 8), (16, 0)])
+def test_selection_compiles(compiled: list[str], granularity: int, pooling: int, share_heads: bool) -> None:
+    from sglang_sparsespec.ops.select_positions.triton_impl import select_positions_triton
+
+    lens = torch.tensor([90, 17], dtype=torch.int32)
+    select_positions_triton(
+        torch.zeros(3, 2, 128),
+        lens,
+        lens,
+        torch.tensor([0, 90]),
+        max_len=90,
+        max_budget=32,
+        sink=4,
+        recent_window=8,
+        pooling=pooling,
+        granularity=granularity,
+        share_heads=share_heads,
+    )
+    assert compiled == ["_select_kernel"]
