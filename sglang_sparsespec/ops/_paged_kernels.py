@@ -27,7 +27,8 @@ from sglang_sparsespec.ops._triton import (
 )
 
 
-@triton.jit
+# a number of splits or of requests must not cost a compilation
+@triton.jit(do_not_specialize=["num_splits", "max_len"])
 def _attend_kernel(
     q_ptr,
     k_ptr,
@@ -56,12 +57,13 @@ def _attend_kernel(
     num_rows,
     max_len,
     query_step,
+    num_splits,
     G: tl.constexpr,
     D: tl.constexpr,
     BM: tl.constexpr,
     BD: tl.constexpr,
     BN: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -80,16 +82,22 @@ def _attend_kernel(
     # a tile without a valid query has nothing to attend
     end = tl.minimum(query_start + (query_len - 1) * query_step + 1, max_len)
     kv_len = tl.where(tl.program_id(1) * BM < query_len * G, end, 0)
-    lo, hi = split_bounds(kv_len, i_split, NUM_SPLITS, BN)
-    # partial results: [R, H, NUM_SPLITS, M, D] and [R, H, NUM_SPLITS, M]
-    o_row = (i_rh * NUM_SPLITS + i_split) * num_rows + o_m
-    if lo >= hi:
-        tl.store(lse_ptr + o_row, tl.full([BM], float("-inf"), dtype=tl.float32), mask=o_m < num_rows)
-        return
-
+    lo, hi = split_bounds(kv_len, i_split, num_splits, BN)
     o_d = tl.arange(0, BD)
     o_n = tl.arange(0, BN)
     o_t = o_m // G
+    m_out = (o_m < num_rows)[:, None] & (o_d < D)[None, :]
+    # partial results: [R, H, num_splits, M, D] and [R, H, num_splits, M]
+    o_row = (i_rh * num_splits + i_split) * num_rows + o_m
+    # the output itself: [R, T, HQ, D]
+    o_out = ((i_r * (num_rows // G) + o_t) * num_kv_heads + i_h) * G + o_m % G
+    if lo >= hi:
+        tl.store(lse_ptr + o_row, tl.full([BM], float("-inf"), dtype=tl.float32), mask=o_m < num_rows)
+        if HAS_VALUE and not IS_SPLIT:
+            b_none = tl.zeros([BM, BD], dtype=part_ptr.dtype.element_ty)
+            tl.store(part_ptr + o_out[:, None] * D + o_d[None, :], b_none, mask=m_out)
+        return
+
     m_q = (o_m < query_len * G)[:, None] & (o_d < D)[None, :]
     # [BM, BD]
     p_q = q_ptr + i_r * stride_q_r + o_t[:, None] * stride_q_t + (i_h * G + o_m % G)[:, None] * stride_q_h
@@ -154,8 +162,12 @@ def _attend_kernel(
     m_used = b_sum > 0.0
     b_sum = tl.where(m_used, b_sum, 1.0)
     tl.store(lse_ptr + o_row, tl.where(m_used, b_max + tl.log2(b_sum), float("-inf")), mask=o_m < num_rows)
-    if HAS_VALUE:
+    if HAS_VALUE and IS_SPLIT:
         tl.store(part_ptr + o_row[:, None] * D + o_d[None, :], b_acc / b_sum[:, None], mask=m_q)
+    elif HAS_VALUE:
+        # rows of invalid queries saw tokens too, with a query of zeros
+        b_out = tl.where(m_q, b_acc / b_sum[:, None], 0.0)
+        tl.store(part_ptr + o_out[:, None] * D + o_d[None, :], b_out.to(part_ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -319,13 +331,15 @@ def attend_paged_triton(
         # each tile of rows sums for itself; added up below, so that the result does not depend on an order.
         # Zeros, because a tile without a valid query writes nothing
         planes = torch.zeros((row_tiles, *anchored_scores.shape), dtype=torch.float32, device=q.device)
+    is_split = num_splits > 1
     if out is not None:
-        part = torch.empty((*part_lse.shape, head_dim), dtype=torch.float32, device=q.device)
+        part = out
+        if is_split:
+            part = torch.empty((*part_lse.shape, head_dim), dtype=torch.float32, device=q.device)
     constants = {
         **tiles,
         "G": group,
         "D": head_dim,
-        "NUM_SPLITS": num_splits,
         "HAS_CAP": logit_cap > 0.0,
         "PRECISION": dot_precision(q.dtype),
     }
@@ -350,12 +364,14 @@ def attend_paged_triton(
         planes.stride(0) if planes is not None and row_tiles > 1 else 0,
         0 if planes is None else planes.stride(-2),
         *sizes,
+        num_splits,
+        IS_SPLIT=is_split,
         NUM_ANCHORS=0 if planes is None else NUM_ANCHORS,
         NUM_FIRST=NUM_FIRST_ANCHORS,
         HAS_VALUE=v_cache is not None,
         **constants,
     )
-    if out is not None:
+    if out is not None and is_split:
         _reduce_kernel[(num_reqs * num_kv_heads, num_rows)](
             part,
             part_lse,
@@ -384,6 +400,7 @@ def attend_paged_triton(
             *k_strides,
             req_to_token.stride(0),
             *sizes,
+            NUM_SPLITS=num_splits,
             **{**constants, "num_stages": 2},
         )
     return out, scores

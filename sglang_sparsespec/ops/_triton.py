@@ -31,9 +31,9 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 
 @triton.jit
-def split_bounds(kv_len, i_split, NUM_SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def split_bounds(kv_len, i_split, num_splits, BLOCK: tl.constexpr):
     """Share i_split of [0, kv_len), in whole tiles; empty where lo >= hi."""
-    share = tl.cdiv(tl.cdiv(kv_len, NUM_SPLITS), BLOCK) * BLOCK
+    share = tl.cdiv(tl.cdiv(kv_len, num_splits), BLOCK) * BLOCK
     lo = i_split * share
     return lo, tl.minimum(lo + share, kv_len)
 

@@ -32,7 +32,8 @@ def _ordered(b_key):
     return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+# a number of requests must not cost a compilation
+@triton.jit(do_not_specialize=["num_rows", "num_reqs", "num_lists", "max_len", "max_budget"])
 def _select_kernel(
     scores_ptr,
     kv_lens_ptr,

@@ -21,7 +21,7 @@ from sglang_sparsespec.ops._triton import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _attend_kernel(
     q_ptr,
     k_ptr,
@@ -44,20 +44,22 @@ def _attend_kernel(
     stride_out_h,
     scale,
     logit_cap,
+    num_splits,
     G: tl.constexpr,
     D: tl.constexpr,
     BG: tl.constexpr,
     BD: tl.constexpr,
     BS: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_r = tl.program_id(0).to(tl.int64)
-    i_h = tl.program_id(1).to(tl.int64)
+    # heads first: neighbouring programs then read neighbouring addresses
+    i_h = tl.program_id(0).to(tl.int64)
+    i_r = tl.program_id(1).to(tl.int64)
     i_split = tl.program_id(2)
     kv_len = tl.load(lens_ptr + i_r).to(tl.int32)
-    lo, hi = split_bounds(kv_len, i_split, NUM_SPLITS, BS)
+    lo, hi = split_bounds(kv_len, i_split, num_splits, BS)
 
     o_g = tl.arange(0, BG)
     o_d = tl.arange(0, BD)
@@ -90,12 +92,12 @@ def _attend_kernel(
         b_max = b_new_max
 
     b_acc = b_acc / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
-    if NUM_SPLITS == 1:
+    if not IS_SPLIT:
         p_out = out_ptr + i_r * stride_out_r + (i_h * G + o_g)[:, None] * stride_out_h + o_d[None, :]
         tl.store(p_out, b_acc.to(out_ptr.dtype.element_ty), mask=m_q)
     else:
-        # partial results: [R, HQ, NUM_SPLITS, D] and [R, HQ, NUM_SPLITS]
-        o_row = ((i_r * tl.num_programs(1) + i_h) * G + o_g) * NUM_SPLITS + i_split
+        # partial results: [R, HQ, num_splits, D] and [R, HQ, num_splits]
+        o_row = ((i_r * tl.num_programs(0) + i_h) * G + o_g) * num_splits + i_split
         if lo < hi:
             tl.store(part_ptr + o_row[:, None] * D + o_d[None, :], b_acc, mask=m_q)
         tl.store(lse_ptr + o_row, b_max + tl.log2(b_sum), mask=o_g < G)
@@ -163,7 +165,7 @@ def sparse_decode_triton(
     if num_splits > 1:
         part = torch.empty((num_reqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((num_reqs, num_q_heads, num_splits), dtype=torch.float32, device=q.device)
-    _attend_kernel[(num_reqs, num_kv_heads, num_splits)](
+    _attend_kernel[(num_kv_heads, num_reqs, num_splits)](
         q,
         k_cache,
         v_cache,
@@ -185,10 +187,11 @@ def sparse_decode_triton(
         out.stride(1),
         scale,
         logit_cap,
+        num_splits,
         G=group,
         D=head_dim,
         BG=max(16, triton.next_power_of_2(group)),
-        NUM_SPLITS=num_splits,
+        IS_SPLIT=num_splits > 1,
         HAS_CAP=logit_cap > 0.0,
         PRECISION=dot_precision(q.dtype),
         **tiles,
