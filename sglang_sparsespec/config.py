@@ -16,7 +16,7 @@ SELECTIONS: Final = ("pillar", "first-last", "window", "quest", "oracle", "rando
 GRANULARITIES: Final = ("token", "4", "8", "16")
 SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
-VERIFY_ATTENTIONS: Final = ("backend", "fused")
+VERIFY_ATTENTIONS: Final = ("auto", "backend", "fused")
 SCHEDULES: Final = ("lockstep",)
 
 # docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
@@ -52,9 +52,10 @@ class SparseSpecConfig:
     draft_sampling: str = "sampled"
     """`sampled`: drafts at the request's temperature, chain rejection with the stored draft distribution.
     `greedy`: the draft's argmax, target-only rule. Both leave the output distribution exact."""
-    verify_attention: str = "backend"
+    verify_attention: str = "auto"
     """`backend`: the user's attention backend verifies, and scores are captured beside it.
-    `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs."""
+    `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs.
+    `auto`: fused on a GPU where the policy can, else backend; a server resolves it at start."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together."""
     host_memory_gb: float = 0.0

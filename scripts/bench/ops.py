@@ -79,41 +79,64 @@ def make_pool(shape: Shape, batch: int, length: int, device: str) -> Pool:
     )
 
 
+# runs in one graph, so that the launch of a graph counts for little, and how long the card is kept busy before
+RUNS_PER_GRAPH = 8
+WARM_UP_S = 0.2
+
+
 def median_ms(run: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median of single runs after warm-up; on a GPU by events, with a large buffer cleared in between (L2)."""
-    for _ in range(3):
-        run()
+    """Median time of one run, after warm-up.
+
+    On a GPU runs stand in a graph, as in rounds, with a large buffer read before each, so that nothing is found in the
+    L2 cache and nothing has to be written back from it; the time of the reads alone is taken off.
+    """
     if device == "cpu":
         times = []
-        for _ in range(repeats):
+        for _ in range(repeats + 2):
             began = time.perf_counter()
             run()
             times.append(1e3 * (time.perf_counter() - began))
-        return statistics.median(times)
-    flush = torch.empty(256 << 20, dtype=torch.int8, device=device)
+        return statistics.median(times[2:])
+    buffer = torch.zeros(32 << 20, dtype=torch.int64, device=device)
+
+    def read() -> None:
+        buffer.max()
+
+    def both() -> None:
+        read()
+        run()
+
+    whole, reads = captured(both), captured(read)
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_UP_S:
+        whole()
+        torch.cuda.synchronize()
+    difference = statistics.median(spans_ms(whole, repeats)) - statistics.median(spans_ms(reads, repeats))
+    return difference / RUNS_PER_GRAPH
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A graph of some runs."""
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RUNS_PER_GRAPH):
+            run()
+    return graph.replay
+
+
+def spans_ms(run: Callable[[], Any], repeats: int) -> list[float]:
     spans = []
     for _ in range(repeats):
-        flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()
         end.record()
         spans.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in spans)
-
-
-def captured(run: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """As rounds run it: from a graph, so that launches cost nothing."""
-    if device == "cpu":
-        return run
-    for _ in range(2):
-        run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return [start.elapsed_time(end) for start, end in spans]
 
 
 Case = tuple[dict[str, Any], Callable[[], Any], int]
@@ -284,7 +307,7 @@ def main() -> None:
         for group in args.group:
             for batch, length in (SMALL_SIZES if args.device == "cpu" else SIZES)[group]:
                 for what, run, num_bytes in GROUPS[group](shape, batch, length, args.device):
-                    milliseconds = median_ms(captured(run, args.device), args.device, args.repeats)
+                    milliseconds = median_ms(run, args.device, args.repeats)
                     gb_s = num_bytes / milliseconds / 1e6
                     name = ", ".join(str(v) if k == "op" else f"{k} {v}" for k, v in what.items())
                     cells = (shape.name, batch, length, name, f"{milliseconds:.4f}", f"{gb_s:.0f}")

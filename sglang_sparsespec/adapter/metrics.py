@@ -30,10 +30,16 @@ POOR_AFTER_VERIFIES = 2000
 
 
 class RefreshTimer:
-    """Time that score capture and selection take in a round, measured in one round out of TIMED_EVERY."""
+    """Time that score capture and selection take in a round, measured in one round out of TIMED_EVERY.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        device: of the rounds.
+        is_apart: whether they are a step of their own; in a fused verify there is nothing to time.
+    """
+
+    def __init__(self, device: str, is_apart: bool) -> None:
         self._on_cuda = device == "cuda"
+        self._is_apart = is_apart
         self._round = 0
         self._pending: deque[list[tuple[Any, Any]]] = deque(maxlen=2)
         self._spans: list[tuple[Any, Any]] | None = None
@@ -43,7 +49,7 @@ class RefreshTimer:
         """Close the round that was timed, start timing another when its turn comes."""
         if self._spans:
             self._pending.append(self._spans)
-        self._spans = [] if self._round % TIMED_EVERY == 0 else None
+        self._spans = [] if self._is_apart and self._round % TIMED_EVERY == 0 else None
         self._round += 1
         self._collect()
 
@@ -84,6 +90,7 @@ class RoundMetrics:
         server_args: whether and how often to report.
         num_steps: k.
         is_reporting_rank: one rank of a tensor-parallel group speaks.
+        is_fused: whether score capture and selection are part of the verify.
         on_report: called at every report, for others who report at the same interval.
     """
 
@@ -92,10 +99,11 @@ class RoundMetrics:
         server_args: SparseSpecServerArgs,
         num_steps: int,
         is_reporting_rank: bool,
+        is_fused: bool,
         on_report: Callable[[], None] | None = None,
     ) -> None:
         self._on_report = on_report
-        self.refresh = RefreshTimer(server_args.device)
+        self.refresh = RefreshTimer(server_args.device, is_apart=not is_fused)
         self._num_steps = num_steps
         self._interval = server_args.decode_log_interval
         self._speaks = is_reporting_rank
@@ -127,11 +135,11 @@ class RoundMetrics:
         refresh_ms = self.refresh.last_ms
         if self._speaks:
             logger.info(
-                "SPARSESPEC: accept length %.2f of %d, budget share %.3f, selection refresh %s ms/round",
+                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s",
                 accept_length,
                 self._num_steps + 1,
                 self._share,
-                "n/a" if refresh_ms is None else f"{refresh_ms:.2f}",
+                "" if refresh_ms is None else f", selection refresh {refresh_ms:.2f} ms/round",
             )
         if self._gauges is not None:
             self._gauges["accept_length"].set(accept_length)

@@ -40,6 +40,10 @@ class PaddedForward:
         i = bisect.bisect_left(self._batch_sizes, num_reqs)
         return self._batch_sizes[i] if i < len(self._batch_sizes) else num_reqs
 
+    def is_captured(self, batch_size: int) -> bool:
+        """Whether a forward of this size is replayed."""
+        return batch_size in self._graphs
+
     def capture(self) -> None:
         """Take a graph of every batch size, the largest first, so that the smaller ones fit into its memory."""
         from sglang.srt.distributed.device_communicators.pynccl_allocator import set_graph_pool_id

@@ -18,7 +18,7 @@ from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
-from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, check_requested, check_supported
+from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, can_fuse, check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 
@@ -96,7 +96,7 @@ class SparseSpecServerArgs(ServerArgs):
         Arg(
             help=_help(
                 "backend: the server's attention backend verifies and rounds run eagerly; fused: our own kernel "
-                "verifies and scores in one pass, from CUDA graphs (not yet measured on a GPU).",
+                "verifies and scores in one pass, from CUDA graphs; auto: fused on a GPU where the policy can.",
                 _DEFAULTS.verify_attention,
             ),
             choices=list(cfg.VERIFY_ATTENTIONS),
@@ -192,6 +192,9 @@ def resolve(server_args: ServerArgs) -> None:
     num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
     config = SparseSpecConfig(num_steps=num_steps, **options)
+    if config.verify_attention == "auto":
+        is_fused = server_args.device != "cpu" and can_fuse(config)
+        config = dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
     check_supported(server_args, config)
 
     server_args.sparsespec_config = config

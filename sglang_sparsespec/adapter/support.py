@@ -190,17 +190,22 @@ def _check_num_draft_tokens(server_args: ServerArgs, config: SparseSpecConfig) -
         )
 
 
-def _check_verify_attention(config: SparseSpecConfig) -> None:
+def can_fuse(config: SparseSpecConfig) -> bool:
+    """Whether the policy scores by all queries of a verify, as the fused kernel does, or by none."""
     policy = POLICIES[config.selection](config)
-    if config.verify_attention == "fused" and isinstance(policy, SelectionPolicy) and policy.needs_attention:
-        captured = policy.captured_queries(config.num_draft_tokens)
-        if len(captured) < config.num_draft_tokens:
-            raise ConfigError(
-                "--sparsespec-verify-attention",
-                "fused",
-                f"backend with --sparsespec-selection {config.selection}",
-                "The fused kernel scores by all queries of a verify. Use --sparsespec-selection pillar, or backend.",
-            )
+    if not isinstance(policy, SelectionPolicy) or not policy.needs_attention:
+        return True
+    return len(policy.captured_queries(config.num_draft_tokens)) == config.num_draft_tokens
+
+
+def _check_verify_attention(config: SparseSpecConfig) -> None:
+    if config.verify_attention == "fused" and not can_fuse(config):
+        raise ConfigError(
+            "--sparsespec-verify-attention",
+            "fused",
+            f"auto or backend with --sparsespec-selection {config.selection}",
+            "The fused kernel scores by all queries of a verify. Use --sparsespec-selection pillar, or backend.",
+        )
 
 
 def _check_backends(server_args: ServerArgs, attention_backends: tuple[str, str]) -> None:

@@ -118,6 +118,7 @@ class SparseSpecWorker(BaseSpecWorker):
             server_args,
             self.config.num_steps,
             is_reporting_rank=ps.tp_rank == 0,
+            is_fused=self.config.verify_attention == "fused",
             on_report=None if self._offload_metrics is None else self._offload_metrics.report,
         )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
@@ -366,7 +367,7 @@ class SparseSpecWorker(BaseSpecWorker):
             new_seq_lens=new_seq_lens,
             next_draft_input=SparseSpecDraftInput(bonus_tokens=acceptance.bonus_tokens),
             speculative_num_draft_tokens=self.config.num_draft_tokens,
-            can_run_cuda_graph=False,
+            can_run_cuda_graph=self._draft_step.is_captured(plan.batch_size),
             extra_keep_alive_refs=[plan, acceptance],
         )
 

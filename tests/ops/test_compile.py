@@ -1,14 +1,11 @@
-"""Every Triton kernel compiles for a GPU, on a machine without one: the interpreter accepts what the compiler refuses."""
+"""Every Triton kernel compiles for a GPU, on a machine without one: the interpreter takes what the compiler refuses."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 triton = pytest.importorskip("triton")
 
@@ -23,8 +20,8 @@ TYPES = {
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Launches compile and run nothing; yields the names of what was compiled."""
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Launches compile and run nothing; the names of what was compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
@@ -48,7 +45,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         names.append(self.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
-    yield names
+    return names
 
 
 def paged(dtype: torch.dtype, head_dim: int, group: int, num_queries: int) -> tuple[torch.Tensor, ...]:
@@ -72,9 +69,7 @@ def test_attention_compiles(compiled: list[str], dtype: torch.dtype, head_dim: i
     options: dict[str, Any] = {"scale": 0.1, "max_len": 80, "num_splits": 2}
     attend_paged_triton(q, k, v, *table, table[2], logit_cap=30.0, **options)
     scores, starts = torch.zeros(2, 128), torch.tensor([0, 64])
-    attend_paged_triton(
-        q, k, v, *table, None, logit_cap=0.0, anchored_scores=scores, score_starts=starts, **options
-    )
+    attend_paged_triton(q, k, v, *table, None, logit_cap=0.0, anchored_scores=scores, score_starts=starts, **options)
     slots, lens = torch.zeros(2, 2, 40, dtype=torch.int32), torch.tensor([40, 3], dtype=torch.int32)
     sparse_decode_triton(q[:, 0], k, v, slots, lens, scale=0.1, num_splits=2)
     sparse_decode_triton(q[:, 0], k, v, slots[:, :1], lens, scale=0.1, logit_cap=30.0, num_splits=1)

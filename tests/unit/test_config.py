@@ -67,7 +67,7 @@ INVALID: list[tuple[str, Any, str]] = [
     ("granularity", 4, "--sparsespec-granularity"),
     ("sharing", "none", "--sparsespec-sharing"),
     ("draft_sampling", None, "--sparsespec-draft-sampling"),
-    ("verify_attention", "auto", "--sparsespec-verify-attention"),
+    ("verify_attention", "own", "--sparsespec-verify-attention"),
     ("schedule", "unified", "--sparsespec-schedule"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),

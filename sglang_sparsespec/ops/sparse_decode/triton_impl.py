@@ -133,7 +133,7 @@ def choose_tiles(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         "BS": 16 if is_large else 32,
         "BD": max(16, triton.next_power_of_2(head_dim)),
         "num_warps": 1,
-        "num_stages": 4,
+        "num_stages": 3,
     }
 
 
