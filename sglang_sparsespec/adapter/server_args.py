@@ -192,9 +192,7 @@ def resolve(server_args: ServerArgs) -> None:
     num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
     config = SparseSpecConfig(num_steps=num_steps, **options)
-    if config.verify_attention == "auto":
-        is_fused = server_args.device != "cpu" and can_fuse(config)
-        config = dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
+    config = choose_verify_attention(config, str(server_args.device))
     check_supported(server_args, config)
 
     server_args.sparsespec_config = config
@@ -208,6 +206,14 @@ def resolve(server_args: ServerArgs) -> None:
     if config.host_memory_gb > 0 and server_args.schedule_conservativeness == _STOCK_CONSERVATIVENESS:
         server_args.schedule_conservativeness = OFFLOAD_CONSERVATIVENESS
     _turn_graphs_off(server_args)
+
+
+def choose_verify_attention(config: SparseSpecConfig, device: str) -> SparseSpecConfig:
+    """Resolve `auto`; anything else is the user's."""
+    if config.verify_attention != "auto":
+        return config
+    is_fused = device != "cpu" and can_fuse(config)
+    return dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
 
 
 def _batch_sizes(server_args: ServerArgs) -> tuple[int, ...]:
