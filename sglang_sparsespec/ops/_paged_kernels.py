@@ -275,15 +275,20 @@ def _scores_kernel(
 
 
 def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Rows and positions per tile, and how many warps and loads in flight a program has."""
+    """Rows and positions per tile, and how many warps and loads in flight a program has (docs/kernels.md)."""
     block_rows = min(64, max(16, triton.next_power_of_2(num_rows)))
-    is_large = head_dim > 128 or dtype == torch.float32
+    if head_dim > 128 or dtype == torch.float32:
+        block, warps, stages = 32, 8 if block_rows == 64 else 4, 2
+    elif head_dim > 64 and block_rows < 64:
+        block, warps, stages = 128, 4, 2
+    else:
+        block, warps, stages = 64, 4, 3
     return {
         "BM": block_rows,
-        "BN": 32 if is_large else 64 if block_rows == 64 else 128,
+        "BN": block,
         "BD": max(16, triton.next_power_of_2(head_dim)),
-        "num_warps": 8 if is_large and block_rows == 64 else 4,
-        "num_stages": 3 if block_rows == 64 and not is_large else 2,
+        "num_warps": warps,
+        "num_stages": stages,
     }
 
 

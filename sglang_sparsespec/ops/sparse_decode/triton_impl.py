@@ -124,7 +124,7 @@ def _reduce_kernel(
 
 
 def choose_tiles(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Entries per tile, and how many warps and loads in flight a program has.
+    """Entries per tile, and how many warps and loads in flight a program has (docs/kernels.md).
 
     One warp: lists are short, and many small programs hide the gather's latency better than a few large ones.
     """
