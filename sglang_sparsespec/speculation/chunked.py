@@ -2,7 +2,8 @@
 
 A distribution over the vocabulary takes 4 bytes per token of it, and acceptance looks at one probability per draft and
 at two rows per request. So distributions are made for a chunk of requests, used and dropped. What is kept of a draft is
-its logits, from which q is computed again where it was rejected. Invariant: nothing depends on the size of a chunk.
+its logits, from which q is computed again where it was rejected. Invariant: the size of a chunk changes nothing (on a
+GPU, nothing beyond the rounding of a float32 sum).
 """
 
 from __future__ import annotations
