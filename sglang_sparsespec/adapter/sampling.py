@@ -6,28 +6,52 @@ The distributions and the acceptance rule are pure functions in `speculation/`; 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.speculative import spec_utils
 
-from sglang_sparsespec.speculation.acceptance import Acceptance, accept_chain, accept_greedy, accept_simulated
-from sglang_sparsespec.speculation.distribution import sample, target_probs
+from sglang_sparsespec.speculation import chunked
+from sglang_sparsespec.speculation.acceptance import Acceptance, accept_greedy, accept_simulated
+from sglang_sparsespec.speculation.distribution import SamplingRule
 
 if TYPE_CHECKING:
     from sglang.srt.constrained.base_grammar_backend import GrammarMask
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
 
 
-class Drafts(NamedTuple):
-    """What a draft phase proposes."""
+# Requests that filter ask for tens; past this bound a top-k is not known to beat a sort.
+_MAX_TOP_K = 1024
 
-    tokens: torch.Tensor
-    """[num_reqs, num_steps], int64."""
-    probs: torch.Tensor | None
-    """[num_reqs, num_steps, vocab_size], float32, the distributions they were sampled from; None: argmax drafts."""
+
+class Drafts:
+    """What a draft phase proposes, filled step by step.
+
+    Args:
+        num_reqs: requests.
+        num_steps: k.
+        device: of everything.
+    """
+
+    def __init__(self, num_reqs: int, num_steps: int, device: torch.device | str) -> None:
+        self.tokens = torch.empty((num_reqs, num_steps), dtype=torch.int64, device=device)
+        """[num_reqs, num_steps], int64."""
+        self.probs: torch.Tensor | None = None
+        """[num_reqs, num_steps], float32, what each was sampled with; None: argmax drafts."""
+        self.logits: torch.Tensor | None = None
+        """[num_reqs, num_steps, vocab_size], in the model's dtype, what each was sampled from; None: argmax drafts."""
+
+    def keep(self, step: int, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Keep [num_reqs, vocab_size] logits of a step as `dtype`, and return them as they are kept."""
+        if self.logits is None:
+            shape = (*self.tokens.shape, logits.shape[-1])
+            self.logits = torch.empty(shape, dtype=dtype, device=logits.device)
+            self.probs = torch.empty(self.tokens.shape, dtype=torch.float32, device=logits.device)
+        self.logits[:, step] = logits
+        return self.logits[:, step]
 
 
 class RoundSampler:
@@ -46,32 +70,64 @@ class RoundSampler:
         self._generator = torch.Generator(device).manual_seed(seed)
         self._simulation = random.Random(seed)
 
-    def wants_probs(self, info: SamplingBatchInfo) -> bool:
-        """Whether drafts of this batch are sampled, and their distributions kept for acceptance."""
-        return self.samples_drafts and not info.is_all_greedy
+    def rule(self, batch: ScheduleBatch) -> SamplingRule:
+        """How the requests of a batch sample; nothing is read from the device."""
+        info = batch.sampling_info
+        max_top_k = max(req.sampling_params.top_k for req in batch.reqs)
+        return SamplingRule(
+            temperatures=info.temperatures,
+            top_ks=info.top_ks,
+            top_ps=info.top_ps,
+            min_ps=info.min_ps,
+            need_top_k=info.need_top_k_sampling,
+            need_top_p=info.need_top_p_sampling,
+            need_min_p=info.need_min_p_sampling,
+            filter_order="sequential" if self._flashinfer and info.need_min_p_sampling else "joint",
+            # FlashInfer keeps every tie at a boundary, the host's torch sampler the lowest ids
+            ties="all" if self._flashinfer else "first",
+            max_top_k=max_top_k if max_top_k <= _MAX_TOP_K else None,
+            has_greedy=info.is_any_greedy,
+        )
 
     def draft(
-        self, logits: torch.Tensor, info: SamplingBatchInfo, penalised: PenalisedRows | None, current: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Choose one draft per request.
+        self,
+        step: int,
+        logits: torch.Tensor,
+        drafts: Drafts,
+        info: SamplingBatchInfo,
+        rule: SamplingRule,
+        penalised: PenalisedRows | None,
+        current: torch.Tensor,
+    ) -> torch.Tensor:
+        """Choose one draft per request and note it in `drafts`.
 
         Args:
-            logits: [num_reqs, vocab_size]; changed in place by penalties and logit bias.
+            step: of the draft phase.
+            logits: [num_reqs, vocab_size]; float32 ones are changed in place by penalties and logit bias.
+            drafts: of the round.
             info: the batch's sampling parameters.
+            rule: the same, as `rule` returned it.
             penalised: rows with penalties.
             current: [num_reqs], int64, the token that was fed.
 
         Returns:
-            [num_reqs] int64 and the distribution [num_reqs, vocab_size] float32 it came from, or None.
+            [num_reqs], int64, also in `drafts`.
         """
+        dtype = logits.dtype
+        if penalised is not None or info.logit_bias is not None:
+            logits = logits.float()
         if penalised is not None:
             penalised.penalise_draft(logits, current)
         if info.logit_bias is not None:
             logits.add_(info.logit_bias)
-        if not self.wants_probs(info):
-            return logits.argmax(dim=-1), None
-        probs = self._probs(logits, info, repeat=1)
-        return sample(probs, self._coins(probs.shape[0])), probs
+        if self.samples_drafts and not info.is_all_greedy:
+            # what is kept is rounded, so it is what the draft has to come from
+            kept = drafts.keep(step, logits, dtype)
+            assert drafts.probs is not None
+            drafts.tokens[:, step], drafts.probs[:, step] = chunked.draw(kept, rule, self._coins(kept.shape[0]))
+        else:
+            drafts.tokens[:, step] = logits.argmax(dim=-1)
+        return drafts.tokens[:, step]
 
     def adjust(
         self,
@@ -80,18 +136,24 @@ class RoundSampler:
         chain: torch.Tensor,
         penalised: PenalisedRows | None,
         grammar_mask: GrammarMask | None,
-    ) -> None:
-        """Apply what the host applies to logits before sampling, to every position of a verify, in place.
+    ) -> torch.Tensor:
+        """Apply what the host applies to logits before sampling, to every position of a verify.
 
         Args:
-            logits: [num_reqs * num_draft_tokens, vocab_size].
+            logits: [num_reqs * num_draft_tokens, vocab_size]; float32 ones are changed in place.
             info: the batch's sampling parameters.
             chain: [num_reqs, num_draft_tokens], int64, the current token and the drafts.
             penalised: rows with penalties.
             grammar_mask: over the rows of `logits`.
 
+        Returns:
+            The logits, widened to float32 if there was anything to apply.
+
         Reference: SamplingBatchInfo.apply_logits_bias, whose order this is.
         """
+        if penalised is None and grammar_mask is None and info.logit_bias is None:
+            return logits
+        logits = logits.float()
         by_request = logits.view(*chain.shape, -1)
         if penalised is not None:
             penalised.penalise_verify(by_request, chain)
@@ -99,43 +161,30 @@ class RoundSampler:
             grammar_mask.apply(logits)
         if info.logit_bias is not None:
             by_request.add_(info.logit_bias[:, None])
+        return logits
 
-    def accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo) -> Acceptance:
+    def accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo, rule: SamplingRule) -> Acceptance:
         """Decide which drafts stand and which token follows them.
 
         Args:
             logits: [num_reqs * (num_steps + 1), vocab_size], adjusted.
             drafts: what was proposed.
             info: the batch's sampling parameters.
+            rule: the same, as `rule` returned it.
         """
         num_reqs, num_steps = drafts.tokens.shape
         if spec_utils.SIMULATE_ACC_LEN > 0:
             return self._accept_simulated(logits, drafts)
         if info.is_all_greedy:
             return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1))
-        probs = self._probs(logits, info, repeat=num_steps + 1).view(num_reqs, num_steps + 1, -1)
-        coins, final_coins = self._coins(num_reqs, num_steps), self._coins(num_reqs)
-        return accept_chain(drafts.tokens, probs, coins, final_coins, drafts.probs)
-
-    def _probs(self, logits: torch.Tensor, info: SamplingBatchInfo, repeat: int) -> torch.Tensor:
-        def expand(values: torch.Tensor) -> torch.Tensor:
-            return values.repeat_interleave(repeat, dim=0) if repeat > 1 else values
-
-        order: Literal["joint", "sequential"] = (
-            "sequential" if self._flashinfer and info.need_min_p_sampling else "joint"
-        )
-        return target_probs(
-            logits,
-            temperatures=expand(info.temperatures),
-            top_ks=expand(info.top_ks),
-            top_ps=expand(info.top_ps),
-            min_ps=expand(info.min_ps),
-            need_top_k=info.need_top_k_sampling,
-            need_top_p=info.need_top_p_sampling,
-            need_min_p=info.need_min_p_sampling,
-            filter_order=order,
-            # FlashInfer keeps every tie at a boundary, the host's torch sampler the lowest ids
-            ties="all" if self._flashinfer else "first",
+        return chunked.accept(
+            drafts.tokens,
+            logits.view(num_reqs, num_steps + 1, -1),
+            rule,
+            self._coins(num_reqs, num_steps),
+            self._coins(num_reqs),
+            drafts.probs,
+            drafts.logits,
         )
 
     def _coins(self, *shape: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.selection.store import SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
+    from sglang_sparsespec.speculation.distribution import SamplingRule
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class RoundPlan(NamedTuple):
     """Bound of n summed over the requests, likewise."""
     batch_size: int
     """What the round is padded to."""
+    rule: SamplingRule
+    """How the requests sample."""
     penalised: PenalisedRows | None
     """Requests with penalties."""
 
@@ -151,7 +154,7 @@ class SparseSpecWorker(BaseSpecWorker):
         plan = self._plan(batch)
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
-        acceptance = self._sampler.accept(logits_output.next_token_logits, drafts, batch.sampling_info)
+        acceptance = self._sampler.accept(logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
@@ -173,6 +176,7 @@ class SparseSpecWorker(BaseSpecWorker):
             max_committed_len=max(bounds),
             max_total_len=sum(bounds),
             batch_size=self._draft_step.padded(len(bounds)),
+            rule=self._sampler.rule(batch),
             penalised=self._penalties.rows_of(batch),
         )
 
@@ -180,16 +184,13 @@ class SparseSpecWorker(BaseSpecWorker):
         """k steps of one token per request, each seeing the selected KV and everything since."""
         self._load(plan, batch.req_to_token_pool.req_to_token)
         num_reqs = plan.rows.shape[0]
-        tokens, probs = [], []
+        drafts = Drafts(num_reqs, self.config.num_steps, self.device)
         current = batch.spec_info.bonus_tokens.long()
         for step in range(self.config.num_steps):
             self._begin_step(step, current, plan.batch_size)
             logits = self._draft_step(plan.batch_size)[:num_reqs]
-            current, distribution = self._sampler.draft(logits, batch.sampling_info, plan.penalised, current)
-            tokens.append(current)
-            probs.append(distribution)
-        sampled = [distribution for distribution in probs if distribution is not None]
-        return Drafts(torch.stack(tokens, dim=1), torch.stack(sampled, dim=1) if sampled else None)
+            current = self._sampler.draft(step, logits, drafts, batch.sampling_info, plan.rule, plan.penalised, current)
+        return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
         """Put the round, and what its drafts read, where the forwards look for it."""
@@ -265,7 +266,6 @@ class SparseSpecWorker(BaseSpecWorker):
         spec_info: SpecInput,
     ) -> torch.Tensor:
         """The model over static tensors, past SGLang's runners, whose graphs know their own algorithms only."""
-        buffer = None if self._logits is None else self._logits[: input_ids.shape[0]]
         forward_batch = ForwardBatch(
             forward_mode=mode,
             batch_size=batch_size,
@@ -278,11 +278,15 @@ class SparseSpecWorker(BaseSpecWorker):
             spec_algorithm=self._model_runner.spec_algorithm,
             spec_info=spec_info,
             capture_hidden_mode=CaptureHiddenMode.NULL,
-            next_token_logits_buffer=buffer,
+            next_token_logits_buffer=self._logits_buffer(input_ids.shape[0]),
         )
         with forward_context(ForwardContext(attn_backend=self._backend)):
             output = self._model_runner.model.forward(input_ids, positions, forward_batch)
         return output.next_token_logits
+
+    def _logits_buffer(self, num_rows: int) -> torch.Tensor | None:
+        """Where a forward puts its logits; of too few rows, it only says in which dtype they are wanted."""
+        return None if self._logits is None else self._logits[:num_rows]
 
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
         """One dense pass over the current token and the drafts; every layer refreshes its selection on the way.
@@ -302,7 +306,9 @@ class SparseSpecWorker(BaseSpecWorker):
                 device=self.device,
                 barrier=None,
             )
-        self._sampler.adjust(output.next_token_logits, batch.sampling_info, chain, plan.penalised, grammar_mask)
+        output.next_token_logits = self._sampler.adjust(
+            output.next_token_logits, batch.sampling_info, chain, plan.penalised, grammar_mask
+        )
         return output
 
     def _can_fuse(self, plan: RoundPlan) -> bool:
@@ -336,6 +342,7 @@ class SparseSpecWorker(BaseSpecWorker):
             capture_hidden_mode=CaptureHiddenMode.NULL,
             return_hidden_states_before_norm=False,
         )
+        forward_batch.next_token_logits_buffer = self._logits_buffer(chain.numel())
         return self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
         ).logits_output
@@ -358,6 +365,7 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish(new_seq_lens)
         predicted = acceptance.accept_tokens.to(torch.int32).flatten()
         if batch.return_logprob:
+            logits_output.next_token_logits = logits_output.next_token_logits.float()
             accept_index = torch.arange(predicted.numel(), device=predicted.device).view_as(acceptance.accept_tokens)
             compute_spec_v2_logprobs(batch, logits_output, predicted, accept_index, self.config.num_steps)
         return GenerationBatchResult(
@@ -460,13 +468,21 @@ class SparseSpecWorker(BaseSpecWorker):
             device=self.device,
         )
         self._logits: torch.Tensor | None = None
-        if batch_sizes and self.device != "cpu":
+        if self.device != "cpu":
             # shared by all graphs: logits of a step are read before the next one runs
-            shape = (max(batch_sizes) * self.config.num_draft_tokens, runner.model_config.vocab_size)
-            self._logits = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            shape = (max(batch_sizes, default=0) * self.config.num_draft_tokens, runner.model_config.vocab_size)
+            self._logits = torch.zeros(shape, dtype=self._logits_dtype, device=self.device)
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         self._verify_forward = PaddedForward("verify", self._verify_body, batch_sizes)
+
+    @property
+    def _logits_dtype(self) -> torch.dtype:
+        """What the model's head computes, or float32 where logits are capped."""
+        for module in self._model_runner.model.modules():
+            if isinstance(module, LogitsProcessor) and (module.final_logit_softcapping or module.use_fp32_lm_head):
+                return torch.float32
+        return self._model_runner.model_config.dtype
 
     def _install_offloader(self) -> None:
         """Hand requests that lose their slots to host memory, where there is any for KV."""
@@ -506,7 +522,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def init_cuda_graphs(self) -> None:
         """Capture a draft step, and the verify where it is our own; on a CPU there is nothing to capture."""
-        if self.device == "cpu" or self._logits is None:
+        if self._logits is None or self._logits.shape[0] == 0:
             return
         self._draft_step.capture()
         if self._backend.fused is not None:

@@ -14,6 +14,8 @@ import torch
 from sglang_sparsespec.speculation.distribution import sample
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -61,29 +63,73 @@ def accept_chain(
             filters included. None for drafts that were chosen, not sampled (argmax, n-gram): q is one-hot, so a draft
             is accepted with probability p_i(d_i).
 
-    Reference: Leviathan et al. 2023, algorithm 1. Deviation: if the residual is 0 everywhere although a draft was
-    rejected (p == q up to rounding), the bonus token is sampled from p.
+    Reference: Leviathan et al. 2023, algorithm 1. Deviation: see `sample_bonus`.
+    """
+    if draft_probs is None:
+        return accept_rows(draft_tokens, target_probs, coins, final_coins)
+    reqs = torch.arange(draft_tokens.shape[0], device=draft_tokens.device)
+    q_drafts = draft_probs.gather(2, draft_tokens.to(torch.int64).unsqueeze(2)).squeeze(2)
+    return accept_rows(draft_tokens, target_probs, coins, final_coins, q_drafts, lambda steps: draft_probs[reqs, steps])
+
+
+def accept_rows(
+    draft_tokens: Tensor,
+    target_probs: Tensor,
+    coins: Tensor,
+    final_coins: Tensor,
+    q_drafts: Tensor | None = None,
+    q_rows: Callable[[Tensor], Tensor] | None = None,
+) -> Acceptance:
+    """`accept_chain` for a caller that has q at the drafts, and whole rows of it on demand.
+
+    Args:
+        draft_tokens, target_probs, coins, final_coins: as there.
+        q_drafts: [num_reqs, num_steps], float32, q_i(d_i). None, like `q_rows`: the drafts were chosen.
+        q_rows: takes one step of each request, [num_reqs] int64, and returns q of it, [num_reqs, vocab_size] float32.
+            Called once, for the rejected drafts; the row of a request without one is not used.
     """
     num_reqs, num_steps = draft_tokens.shape
     drafts = draft_tokens.to(torch.int64)
-    p_draft = target_probs[:, :num_steps].gather(2, drafts.unsqueeze(2)).squeeze(2)
-    threshold = coins if draft_probs is None else coins * draft_probs.gather(2, drafts.unsqueeze(2)).squeeze(2)
-    num_correct = _leading((threshold < p_draft) & (p_draft > 0))
+    p_drafts = target_probs[:, :num_steps].gather(2, drafts.unsqueeze(2)).squeeze(2)
+    num_correct = count_correct(p_drafts, q_drafts, coins)
+    p_stop = target_probs[torch.arange(num_reqs, device=drafts.device), num_correct]
+    if num_steps == 0:
+        return _assemble(drafts, num_correct, sample(p_stop, final_coins))
+    rejected = num_correct.clamp(max=num_steps - 1)
+    if q_rows is None:
+        q_stop = torch.zeros_like(p_stop).scatter_(1, drafts.gather(1, rejected.unsqueeze(1)), 1.0)
+    else:
+        q_stop = q_rows(rejected)
+    return _assemble(drafts, num_correct, sample_bonus(p_stop, q_stop, num_correct < num_steps, final_coins))
 
-    reqs = torch.arange(num_reqs, device=drafts.device)
-    p_stop = target_probs[reqs, num_correct]
-    if num_steps:
-        was_rejected = (num_correct < num_steps).unsqueeze(1)
-        rejected_row = num_correct.clamp(max=num_steps - 1)
-        if draft_probs is None:
-            rejected_draft = drafts.gather(1, rejected_row.unsqueeze(1))
-            p_kept = p_stop.gather(1, rejected_draft).masked_fill(was_rejected, 0.0)
-            residual = p_stop.scatter(1, rejected_draft, p_kept)
-        else:
-            residual = (p_stop - draft_probs[reqs, rejected_row] * was_rejected).clamp_(min=0.0)
-        has_mass = residual.amax(dim=-1, keepdim=True) > 0
-        p_stop = torch.where(has_mass, residual, p_stop)
-    return _assemble(drafts, num_correct, sample(p_stop, final_coins))
+
+def count_correct(p_drafts: Tensor, q_drafts: Tensor | None, coins: Tensor) -> Tensor:
+    """How many drafts stand, [num_reqs] int64: those before the first that its coin rejects.
+
+    Args:
+        p_drafts: [num_reqs, num_steps], float32, the target's probability of each draft.
+        q_drafts: likewise the probability that it was sampled with; None if it was chosen.
+        coins: [num_reqs, num_steps], in [0, 1).
+    """
+    threshold = coins if q_drafts is None else coins * q_drafts
+    return _leading((threshold < p_drafts) & (p_drafts > 0))
+
+
+def sample_bonus(p_stop: Tensor, q_stop: Tensor, was_rejected: Tensor, coins: Tensor) -> Tensor:
+    """The token after the drafts that stand, [num_reqs] int64: from the residual of p, or from p itself.
+
+    Args:
+        p_stop: [num_reqs, vocab_size], float32, the target where the request stopped.
+        q_stop: [num_reqs, vocab_size], float32, what the draft there was sampled from.
+        was_rejected: [num_reqs], bool; False: all drafts stand, and q_stop is not used.
+        coins: [num_reqs], in [0, 1).
+
+    Deviation from Leviathan et al.: if the residual is 0 everywhere although a draft was rejected (p == q up to
+    rounding), the token is sampled from p.
+    """
+    residual = (p_stop - q_stop * was_rejected.unsqueeze(1)).clamp_(min=0.0)
+    has_mass = residual.amax(dim=-1, keepdim=True) > 0
+    return sample(torch.where(has_mass, residual, p_stop), coins)
 
 
 def accept_simulated(draft_tokens: Tensor, target_tokens: Tensor, num_correct_drafts: Tensor) -> Acceptance:

@@ -7,6 +7,8 @@ Knows nothing of drafts. Invariant: a row with top_k <= 1 is one-hot, so greedy 
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -16,9 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Rows are filtered in chunks: a sort needs about 30 bytes per element. 2**25 elements are 220 rows of a 152K
+# Rows are filtered in chunks: a sort needs about 30 bytes per element. 2**24 elements are 110 rows of a 152K
 # vocabulary, and enough to fill a GPU.
-_CHUNK_ELEMENTS = 1 << 25
+_CHUNK_ELEMENTS = 1 << 24
 # tokens per block of the two-level search in `sample`; about sqrt(152K), rounded up to a power of two
 _BLOCK = 512
 
@@ -36,6 +38,7 @@ def target_probs(
     filter_order: Literal["joint", "sequential"] = "joint",
     ties: Literal["first", "all"] = "first",
     max_top_k: int | None = None,
+    has_greedy: bool = True,
 ) -> Tensor:
     """The distribution from which SGLang samples the next token when it does not speculate.
 
@@ -43,7 +46,7 @@ def target_probs(
     least `min_p` times the largest. The kept probabilities are normalised.
 
     Args:
-        logits: [num_rows, vocab_size], after penalties, grammar and logit bias; not changed.
+        logits: [num_rows, vocab_size], floating, after penalties, grammar and logit bias; not changed.
         temperatures: [num_rows, 1], float32, positive.
         top_ks: [num_rows], int32. A row with top_k <= 1 is greedy: one-hot at the argmax, the lowest index among ties.
         top_ps, min_ps: [num_rows], float32, in [0, 1].
@@ -54,14 +57,17 @@ def target_probs(
             stable sort would (torch backend). "all": all of them, beyond `top_k` if need be (FlashInfer's kernels).
         max_top_k: host-side bound on `top_ks` of every row, if there is one. Replaces the sort by a top-k, which costs
             a fraction of it.
+        has_greedy: known on the host: whether any row may be greedy.
 
     Returns:
         [num_rows, vocab_size], float32; each row sums to 1.
 
-    Not checked: that each row has a finite logit and no NaN; that `max_top_k` bounds `top_ks`.
+    Not checked: that each row has a finite logit and no NaN; that `max_top_k` bounds `top_ks`; that no row is greedy
+    where `has_greedy` is False.
     Reference: sglang.srt.layers.sampler, top_k_top_p_min_p_sampling_from_probs_torch and Sampler._sample_from_probs.
     """
-    probs = torch.softmax(logits.float() / temperatures, dim=-1)
+    # the division widens what is narrower: float32 logits are never made
+    probs = torch.softmax(logits / temperatures, dim=-1, dtype=torch.float32)
     if need_top_k or need_top_p or need_min_p:
         for rows in _chunks(probs):
             _filter(
@@ -73,7 +79,68 @@ def target_probs(
                 keep_ties=ties == "all",
                 max_top_k=max_top_k if need_top_k else None,
             )
-    return _make_greedy_rows_one_hot(probs, logits, top_ks <= 1)
+    return _make_greedy_rows_one_hot(probs, logits, top_ks <= 1) if has_greedy else probs
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRule:
+    """How each request of a batch samples: what `target_probs` takes beside logits, one row per request."""
+
+    temperatures: Tensor
+    """[num_reqs, 1], float32."""
+    top_ks: Tensor
+    """[num_reqs], int32."""
+    top_ps: Tensor
+    """[num_reqs], float32."""
+    min_ps: Tensor
+    """[num_reqs], float32."""
+    need_top_k: bool
+    need_top_p: bool
+    need_min_p: bool
+    filter_order: Literal["joint", "sequential"] = "joint"
+    ties: Literal["first", "all"] = "first"
+    max_top_k: int | None = None
+    has_greedy: bool = True
+
+    def of(self, reqs: slice) -> SamplingRule:
+        """The rule of some of the requests."""
+        return dataclasses.replace(
+            self,
+            temperatures=self.temperatures[reqs],
+            top_ks=self.top_ks[reqs],
+            top_ps=self.top_ps[reqs],
+            min_ps=self.min_ps[reqs],
+        )
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """The distributions that the requests sample from.
+
+        Args:
+            logits: [num_reqs, vocab_size], or [num_reqs, num_positions, vocab_size]; not changed.
+
+        Returns:
+            float32, shaped like `logits`.
+        """
+        num_positions = logits.shape[1] if logits.dim() == 3 else 1
+
+        def per_row(values: Tensor) -> Tensor:
+            return values.unsqueeze(1).expand(-1, num_positions, *values.shape[1:]).flatten(0, 1)
+
+        probs = target_probs(
+            logits.flatten(0, -2),
+            temperatures=per_row(self.temperatures),
+            top_ks=per_row(self.top_ks),
+            top_ps=per_row(self.top_ps),
+            min_ps=per_row(self.min_ps),
+            need_top_k=self.need_top_k,
+            need_top_p=self.need_top_p,
+            need_min_p=self.need_min_p,
+            filter_order=self.filter_order,
+            ties=self.ties,
+            max_top_k=self.max_top_k,
+            has_greedy=self.has_greedy,
+        )
+        return probs.view(logits.shape)
 
 
 def sample(probs: Tensor, coins: Tensor) -> Tensor:

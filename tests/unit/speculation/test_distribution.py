@@ -138,6 +138,13 @@ def test_greedy_rows_are_one_hot_at_the_first_argmax_whatever_the_others_do() ->
         assert (probs[1, 1] == probs[1, 2]).all()
 
 
+def test_without_greedy_rows_nothing_is_left_out() -> None:
+    """Without it, skipping the one-hot rows could skip a filter as well."""
+    logits = torch.randn(5, 9)
+    for options in ({}, {"top_k": 3}, {"top_k": 4, "top_p": 0.7, "min_p": 0.1}):
+        assert torch.equal(_probs(logits, **options, has_greedy=False), _probs(logits, **options))
+
+
 def test_greedy_rows_ignore_ties_that_the_softmax_makes() -> None:
     """Without it, greedy would be taken from probabilities, where near logits merge, and differ from the host."""
     logits = torch.tensor([[20.0, 20.0 + 2e-6, 0.0]])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_sparsespec.speculation import chunked
 from sglang_sparsespec.speculation.acceptance import accept_chain, accept_greedy, accept_simulated
 from sglang_sparsespec.speculation.budget import budget_tensor
 from sglang_sparsespec.speculation.coins import UNSEEDED, mixed
-from sglang_sparsespec.speculation.distribution import sample, target_probs
+from sglang_sparsespec.speculation.distribution import SamplingRule, sample, target_probs
 from sglang_sparsespec.speculation.penalties import PenaltyLedger, PenaltyParams, penalise_chain
 
 if TYPE_CHECKING:
@@ -67,6 +68,21 @@ def _cases(device: str) -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]
         )
         return [result]
 
+    def rounds(**options: Any) -> list[torch.Tensor]:
+        """A round from logits: the first step's drafts, and acceptance of a chain."""
+        rule = SamplingRule(
+            temperatures=torch.full((NUM_REQS, 1), 0.7, device=device),
+            top_ks=top_ks[:NUM_REQS],
+            top_ps=torch.full((NUM_REQS,), 0.9, device=device),
+            min_ps=torch.full((NUM_REQS,), 0.01, device=device),
+            **options,
+        )
+        tokens, q_drafts = chunked.draw(logits[:, 0], rule, final_coins)
+        chain = torch.cat([tokens.unsqueeze(1), drafts[:, 1:]], dim=1)
+        q_drafts = q_drafts.unsqueeze(1).expand(-1, NUM_STEPS)
+        kept = (q_drafts, logits[:, :NUM_STEPS])
+        return [tokens, q_drafts, *chunked.accept(chain, logits.roll(1, 1), rule, coins, final_coins, *kept)]
+
     def penalties() -> list[torch.Tensor]:
         ledger = PenaltyLedger()
         for i, rid in enumerate(rids):
@@ -95,6 +111,10 @@ def _cases(device: str) -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]
     yield "greedy", lambda: list(accept_greedy(drafts, targets))
     yield "chain", lambda: list(accept_chain(drafts, probs, coins, final_coins, draft_probs))
     yield "chain, chosen drafts", lambda: list(accept_chain(drafts, probs, coins, final_coins, None))
+    filters = {"need_top_k": True, "need_top_p": True, "need_min_p": True}
+    yield "rounds from logits", lambda: rounds(**dict.fromkeys(filters, False))
+    yield "rounds from logits, filtered", lambda: rounds(**filters)
+    yield "rounds from logits, top-k", lambda: rounds(**filters, max_top_k=30)
     yield "simulated", lambda: list(accept_simulated(drafts, targets, lens))
     yield "penalties", penalties
 
