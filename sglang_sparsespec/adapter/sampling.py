@@ -172,9 +172,14 @@ class RoundSampler:
             info: the batch's sampling parameters.
             rule: the same, as `rule` returned it.
         """
-        num_reqs, num_steps = drafts.tokens.shape
+        acceptance = self._accept(logits, drafts, info, rule)
         if spec_utils.SIMULATE_ACC_LEN > 0:
-            return self._accept_simulated(logits, drafts)
+            # in the place of the real one, which has cost what it costs
+            return accept_simulated(drafts.tokens, acceptance.bonus_tokens, self._simulated_num_correct(acceptance))
+        return acceptance
+
+    def _accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo, rule: SamplingRule) -> Acceptance:
+        num_reqs, num_steps = drafts.tokens.shape
         if info.is_all_greedy:
             return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1))
         return chunked.accept(
@@ -191,10 +196,8 @@ class RoundSampler:
         # float64: float32 coins cannot resolve probabilities below 2**-24
         return torch.rand(shape, generator=self._generator, device=self._generator.device, dtype=torch.float64)
 
-    def _accept_simulated(self, logits: torch.Tensor, drafts: Drafts) -> Acceptance:
+    def _simulated_num_correct(self, acceptance: Acceptance) -> torch.Tensor:
         """One draw a batch around SGLANG_SIMULATE_ACC_LEN (bonus counted), like the host's own simulation."""
-        num_reqs, num_steps = drafts.tokens.shape
         length = spec_utils.SIMULATE_ACC_LEN
         accept_len = int(length) + (self._simulation.random() < length - int(length))
-        num_correct = torch.full((num_reqs,), accept_len - 1, device=drafts.tokens.device)
-        return accept_simulated(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1), num_correct)
+        return torch.full_like(acceptance.bonus_tokens, accept_len - 1)

@@ -132,18 +132,18 @@ def sample_bonus(p_stop: Tensor, q_stop: Tensor, was_rejected: Tensor, coins: Te
     return sample(torch.where(has_mass, residual, p_stop), coins)
 
 
-def accept_simulated(draft_tokens: Tensor, target_tokens: Tensor, num_correct_drafts: Tensor) -> Acceptance:
+def accept_simulated(draft_tokens: Tensor, bonus_tokens: Tensor, num_correct_drafts: Tensor) -> Acceptance:
     """SIMULATED acceptance, for benchmarks only: accept a given number of drafts, right or wrong.
 
     The output is not the target's. It shows what a round costs at an accept length that is set, not earned.
 
     Args:
         draft_tokens: [num_reqs, num_steps], integer.
-        target_tokens: [num_reqs, num_steps + 1], integer, the target's argmax; supplies the bonus token.
+        bonus_tokens: [num_reqs], integer, of the acceptance that this one replaces.
         num_correct_drafts: [num_reqs], integer; clamped to 0 .. num_steps.
     """
     num_correct = num_correct_drafts.to(torch.int64).clamp(min=0, max=draft_tokens.shape[1])
-    return _assemble(draft_tokens, num_correct, target_tokens.gather(1, num_correct.unsqueeze(1)).squeeze(1))
+    return _assemble(draft_tokens, num_correct, bonus_tokens)
 
 
 def _leading(passed: Tensor) -> Tensor:

@@ -154,8 +154,8 @@ def test_accept_chain_treats_rows_apart() -> None:
 def test_accept_simulated_takes_the_number_it_is_given() -> None:
     """Without it, a benchmark at a set accept length could run at another, or index past the chain."""
     drafts = torch.tensor([[1, 2, 3]] * 5)
-    targets = torch.tensor([[4, 5, 6, 7]] * 5)
-    result = accept_simulated(drafts, targets, torch.tensor([0, 2, 3, 99, -1], dtype=torch.int32))
+    bonus = torch.tensor([4, 6, 7, 7, 4])
+    result = accept_simulated(drafts, bonus, torch.tensor([0, 2, 3, 99, -1], dtype=torch.int32))
     _check_layout(result, drafts)
     assert result.accept_lens.tolist() == [1, 3, 4, 4, 1]
     assert result.bonus_tokens.tolist() == [4, 6, 7, 7, 4]
