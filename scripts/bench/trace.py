@@ -46,7 +46,7 @@ def gpu_work(events: list[dict[str, Any]]) -> list[Work]:
 
 def short(name: str) -> str:
     """Without template arguments, and long names cut."""
-    name = re.sub(r"^void ", "", name)
+    name = re.sub(r"^void |\(anonymous namespace\)::|<unnamed>::", "", name)
     elementwise = re.search(r"(\w+)(?:_kernel_impl|_kernel_cuda|Functor|_kernel)\b", name)
     base = re.split(r"[<(]", name)[0]
     if base.startswith("at::native::") and elementwise:

@@ -109,6 +109,11 @@ class SparseSpecAttnBackend:
             raise AttributeError(name)
         return getattr(self.dense, name)
 
+    @property
+    def needs_cpu_seq_lens(self) -> bool:
+        """Whether the host waits for the lengths of every round, as SGLang asks: our own kernels never need them."""
+        return self.fused is None and getattr(self.dense, "needs_cpu_seq_lens", True)
+
     # Plans
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:

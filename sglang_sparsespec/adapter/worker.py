@@ -327,6 +327,10 @@ class SparseSpecWorker(BaseSpecWorker):
         return LogitsProcessorOutput(next_token_logits=logits)
 
     def _verify_with_backend(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
+        if batch.seq_lens_cpu is None and getattr(self._backend.dense, "needs_cpu_seq_lens", True):
+            # only where a fused verify was expected and could not run
+            batch.seq_lens_cpu = batch.seq_lens.cpu()
+            batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
         batch.out_cache_loc = plan.slots.flatten()
