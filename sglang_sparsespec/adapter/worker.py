@@ -168,12 +168,14 @@ class SparseSpecWorker(BaseSpecWorker):
         else:
             # the device is ahead of the host by one round; what is allocated covers that
             bounds = [req.kv.kv_allocated_len for req in batch.reqs]
+        # what is allocated may pass the table; what a round writes does not
+        limit = batch.req_to_token_pool.req_to_token.shape[1] - self.config.num_draft_tokens
         return RoundPlan(
             rows=batch.req_pool_indices,
             committed_lens=committed_lens,
             positions=positions,
             slots=slots,
-            max_committed_len=max(bounds),
+            max_committed_len=min(max(bounds), limit),
             max_total_len=sum(bounds),
             batch_size=self._draft_step.padded(len(bounds)),
             rule=self._sampler.rule(batch),
