@@ -15,7 +15,7 @@ MAX_BLOCK_ROWS = 64
 SELECT_SCRATCH_BYTES = 64 << 20
 
 
-def num_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:
+def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:
     """A power of two: enough programs to fill the device, at least two tiles in each."""
     wanted = min(WAVES * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)

@@ -11,7 +11,7 @@ import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_sparsespec.errors import ConfigError
-from sglang_sparsespec.ops._launch import WAVES, num_row_tiles, num_select_programs
+from sglang_sparsespec.ops._launch import MAX_SPLITS, WAVES, num_row_tiles, num_select_programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -241,8 +241,9 @@ def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
     lists = num_reqs * model.num_kv_heads
 
     def split(num_rows: int, row_tiles: int) -> int:
-        # programs are split until there are WAVES per multiprocessor, never beyond
-        return max(lists, WAVES * rounds.num_sms // row_tiles) * num_rows * (model.head_dim + 1) * 4
+        # programs are split until there are WAVES per multiprocessor, never beyond; unsplit, no partial output
+        shares = min(MAX_SPLITS * lists, WAVES * rounds.num_sms // row_tiles)
+        return 4 * num_rows * (shares * (model.head_dim + 1) + lists)
 
     num_rows = rounds.width * group
     verify = split(num_rows, num_row_tiles(num_rows)) if rounds.is_fused else 0

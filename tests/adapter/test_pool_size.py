@@ -237,7 +237,7 @@ def test_prompts_are_captured_some_at_a_time(monkeypatch: pytest.MonkeyPatch, li
         monkeypatch.setattr(attention_backend, "SCORE_BYTES", limit)
         store = SelectionStore(num_layers=1, num_rows=4, num_heads=1, max_budget=8, device="cpu")
         backend = attention_backend.SparseSpecAttnBackend(
-            dense, runner, POLICIES["pillar"](config), store, num_queries=4, timer=RefreshTimer("cpu")
+            dense, runner, POLICIES["pillar"](config), store, num_queries=4, timer=RefreshTimer("cpu", is_apart=True)
         )
         backend._capture = plan
         batch: Any = SimpleNamespace(spec_info=None)
