@@ -25,11 +25,10 @@ LAYOUT_ENTRY_BYTES = 24
 # a captured forward beyond its tensors: nodes, parameters, rounding of small blocks. Assumed, not measured; SGLang
 # reserves 8 MB for a size of its piecewise graphs. The log shows after capture what graphs really took
 GRAPH_BYTES = 2 << 20
-# rows of [max_reqs, vocabulary] float32 that an acceptance holds at once: both distributions, their residual, a copy
-ACCEPT_ROWS = 4
-# a filter (top-k, top-p) sorts in chunks: elements, and bytes for each (`speculation.distribution`)
-FILTER_ELEMENTS = 1 << 25
-FILTER_ELEMENT_BYTES = 30
+# an acceptance makes distributions for some requests at a time: probabilities, at most so many or one request's, and
+# bytes for each: the probability, what it is computed from, and the sort of a filter (30)
+ACCEPT_ELEMENTS = 1 << 24
+ACCEPT_ELEMENT_BYTES = 38
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
 ACTIVATION_SHARE = 0.5
@@ -264,9 +263,10 @@ def _select_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
 
 
 def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
-    """Distributions of one position at a time, and the sort of a filter."""
-    elements = rounds.max_reqs * model.vocab_size
-    return 4 * ACCEPT_ROWS * elements + FILTER_ELEMENT_BYTES * min(FILTER_ELEMENTS, rounds.width * elements)
+    """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them."""
+    request = rounds.width * model.vocab_size
+    elements = min(rounds.max_reqs * request, max(ACCEPT_ELEMENTS, request))
+    return 4 * rounds.max_reqs * request + ACCEPT_ELEMENT_BYTES * elements
 
 
 def _layout_bytes(model: ModelShape, rounds: RoundShape) -> int:

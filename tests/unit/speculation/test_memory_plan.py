@@ -10,7 +10,7 @@ from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.ops import _launch
 from sglang_sparsespec.selection.store import SelectionStore
-from sglang_sparsespec.speculation import distribution, memory
+from sglang_sparsespec.speculation import memory
 from sglang_sparsespec.speculation.budget import max_budget
 from sglang_sparsespec.speculation.memory import GIB, MemoryPlan, ModelShape, RoundShape, fit_pool, plan_memory
 
@@ -134,11 +134,6 @@ def test_wide_groups_count_their_score_planes() -> None:
     wide = QWEN3_8B._replace(num_q_heads=64)
     assert memory._plane_bytes(QWEN3_8B, rounds(8), 1000) == 0
     assert memory._plane_bytes(wide, rounds(8), 1000) == 2 * 8 * 1000 * 4
-
-
-def test_the_filter_sorts_as_much_as_the_plan_says() -> None:
-    """The two constants stand in two files."""
-    assert distribution._CHUNK_ELEMENTS == memory.FILTER_ELEMENTS
 
 
 @pytest.mark.parametrize("activation_gib", [0, 1, 8])
