@@ -191,7 +191,8 @@ def test_the_worker_reserves_on_cuda_alone(server_args: Callable[..., Any]) -> N
 
     args = server_args(max_running_requests=7)
     ps: Any = SimpleNamespace(tp_size=1, tp_rank=0)
-    target: Any = SimpleNamespace(model_runner=SimpleNamespace(model_config=args.get_model_config()))
+    runner = SimpleNamespace(model_config=args.get_model_config(), model=torch.nn.Module())
+    target: Any = SimpleNamespace(model_runner=runner)
     worker = SparseSpecWorker(args, 0, ps, 0, target)
     assert hook._reserve is None
     # the rest as on a GPU, but for its multiprocessors
