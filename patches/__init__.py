@@ -6,16 +6,18 @@ nothing of scope `cpu` a machine with a GPU, and nothing of scope `offload` a se
 
 from __future__ import annotations
 
-from sglang_sparsespec.patches import allocation, cpu_host, logits, offload, requests
+from sglang_sparsespec.patches import allocation, cpu_host, logits, memory, offload, requests
 from sglang_sparsespec.patches.ledger import SUPPORTED_SGLANG, Patch, apply, verify
+from sglang_sparsespec.patches.memory import install as install_reserve
 from sglang_sparsespec.patches.offload import install as install_offloader
 
 LEDGER: tuple[Patch, ...] = (
     *cpu_host.PATCHES,
     *allocation.PATCHES,
+    *memory.PATCHES,
     *requests.PATCHES,
     *logits.PATCHES,
     *offload.PATCHES,
 )
 
-__all__ = ["LEDGER", "SUPPORTED_SGLANG", "Patch", "apply", "install_offloader", "verify"]
+__all__ = ["LEDGER", "SUPPORTED_SGLANG", "Patch", "apply", "install_offloader", "install_reserve", "verify"]

@@ -16,6 +16,7 @@ from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpec
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
 from sglang_sparsespec.selection import SelectionPolicy, StepPolicy
+from sglang_sparsespec.speculation.memory import SCORE_BYTES
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -47,6 +48,16 @@ class CapturePlan(NamedTuple):
     """Positions from one captured query to the next."""
     max_len: int
     """Bound of all positions, known to the host."""
+
+    def part(self, requests: slice) -> CapturePlan:
+        """The same for some of the requests; their queries are picked already."""
+        return self._replace(
+            rows=self.rows[requests],
+            query_starts=self.query_starts[requests],
+            query_lens=self.query_lens[requests],
+            selectable_lens=self.selectable_lens[requests],
+            token_index=None,
+        )
 
 
 @runtime_checkable
@@ -229,8 +240,13 @@ class SparseSpecAttnBackend:
             # some backends rotate or overwrite q in place: it is kept aside first
             queries = self._captured_queries(q, layer, plan)
             out = self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            # some requests at a time: scores are as wide as the longest of them
+            num_reqs = plan.rows.shape[0]
+            step = max(1, SCORE_BYTES // max(1, 4 * layer.tp_k_head_num * plan.max_len))
             with self.timer.layer():
-                self._refresh(layer, plan, self._capture_scores(queries, layer, plan))
+                for first in range(0, num_reqs, step):
+                    part = slice(first, first + step)
+                    self._refresh(layer, plan.part(part), self._capture_scores(queries[part], layer, plan.part(part)))
         return out
 
     def forward_decode(

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec.ops.paged_attention import paged_attention
 from sglang_sparsespec.selection import SelectionPolicy
+from sglang_sparsespec.speculation.memory import num_score_layers
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.selection.base import Policy
     from sglang_sparsespec.selection.store import SelectionStore
-
-# bytes of scores that wait for a selection; a multiple of what one layer needs, at most this
-_SCORE_BYTES = 128 << 20
 
 
 class FusedPlan(NamedTuple):
@@ -59,11 +57,17 @@ class FusedVerify:
         self._kv_pool = model_runner.token_to_kv_pool
         self._num_layers = store.positions.shape[0]
         num_heads = self._kv_pool.head_num
-        layers = min(self._num_layers, max(1, _SCORE_BYTES // (4 * num_heads * max(1, num_columns))))
+        layers = num_score_layers(self._num_layers, num_heads, num_columns)
         # [layers that wait, KV heads, columns]
-        self._scores = torch.zeros(layers, num_heads, num_columns, device=store.positions.device)
+        shape = (layers, num_heads, 0 if self._policy is None else num_columns)
+        self._scores = torch.zeros(shape, device=store.positions.device)
         self._plan: FusedPlan | None = None
         self._score_starts = torch.empty(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the score buffer."""
+        return self._scores.numel() * self._scores.element_size()
 
     def begin(self, plan: FusedPlan) -> None:
         """Before the first layer of a verify."""

@@ -119,6 +119,11 @@ class RoundMetrics:
         self._share = sum(map(min, budgets, kv_lens)) / max(1, sum(kv_lens))
         self.refresh.next_round()
 
+    def reserved(self, num_bytes: int) -> None:
+        """Note what is held of the device's memory beside the KV pool."""
+        if self._gauges is not None:
+            self._gauges["memory_bytes"].set(num_bytes)
+
     def verified(self, num_correct_drafts: list[int]) -> None:
         """Note the outcome of a round, when it has arrived on the host."""
         self._rounds += 1
@@ -174,6 +179,7 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
     texts = {
         "accept_length": "Completion tokens per verify over the last log interval, bonus token included.",
         "budget_share": "Share of the running requests' KV tokens that draft steps select.",
+        "memory_bytes": "Device memory reserved beside the KV pool, per rank, bytes.",
         "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
     }
     return {

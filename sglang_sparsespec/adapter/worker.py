@@ -23,6 +23,7 @@ import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
+from sglang_sparsespec.adapter.memory import model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.offload import Offloader, RequestState
 from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
@@ -34,6 +35,7 @@ from sglang_sparsespec.adapter.static_round import StaticRound
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
+from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
     from sglang_sparsespec.speculation.distribution import SamplingRule
+    from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ class SparseSpecWorker(BaseSpecWorker):
         scopes = ("sparsespec", "offload") if self.config.host_memory_gb > 0 else ("sparsespec",)
         patches.verify(patch for patch in patches.LEDGER if patch.scope in scopes)
         self._server_args = server_args
+        self._gpu_id = gpu_id
         self.device = server_args.device
         self._target_worker = target_worker
         self._model_runner = target_worker.model_runner
@@ -125,6 +129,8 @@ class SparseSpecWorker(BaseSpecWorker):
             on_report=None if self._offload_metrics is None else self._offload_metrics.report,
         )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
+        # SGLang sizes the KV pool next; a CPU's memory is not shared out
+        patches.install_reserve(self._reserve if self.device == "cuda" else None)
         self._step_kv: StepDraftKV | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
 
@@ -422,7 +428,9 @@ class SparseSpecWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         runner = self._model_runner
         model = runner.model_config
-        self._max_budget = self._policy.max_budget(model.context_len)
+        # no request is longer than the pool
+        max_len = min(model.context_len, self.token_to_kv_pool_allocator.size)
+        self._max_budget = self._policy.max_budget(max_len)
         self._store = SelectionStore(
             num_layers=model.num_hidden_layers,
             num_rows=self.req_to_token_pool.req_to_token.shape[0],
@@ -446,6 +454,8 @@ class SparseSpecWorker(BaseSpecWorker):
         runner.attn_backend = self._backend
         self._make_forwards()
         self._install_offloader()
+        if self.device == "cuda":
+            self._report_memory()
         logger.info(
             "SPARSESPEC: k=%d, budget=max(%d, %.3g n), selection=%s over %s, selection state %.1f MiB",
             self.config.num_steps,
@@ -462,10 +472,7 @@ class SparseSpecWorker(BaseSpecWorker):
         """Static tensors and the two forwards of a round over them."""
         runner = self._model_runner
         max_reqs = self.req_to_token_pool.size
-        batch_sizes = [size for size in self._server_args.sparsespec_batch_sizes if size <= max_reqs]
-        if isinstance(self._policy, StepPolicy):
-            # for analysis: selects with bounds that the host knows, and makes tensors as it goes
-            batch_sizes = []
+        batch_sizes = self._batch_sizes(max_reqs)
         self._static = StaticRound(
             max_reqs=max_reqs,
             num_draft_tokens=self.config.num_draft_tokens,
@@ -489,6 +496,43 @@ class SparseSpecWorker(BaseSpecWorker):
             if isinstance(module, LogitsProcessor) and (module.final_logit_softcapping or module.use_fp32_lm_head):
                 return torch.float32
         return self._model_runner.model_config.dtype
+
+    def _batch_sizes(self, max_reqs: int) -> list[int]:
+        if isinstance(self._policy, StepPolicy):
+            # for analysis: selects with bounds that the host knows, and makes tensors as it goes
+            return []
+        return [size for size in self._server_args.sparsespec_batch_sizes if size <= max_reqs]
+
+    @property
+    def _logits_dtype(self) -> torch.dtype:
+        # SGLang's logits processor fills no other buffer
+        return torch.float32
+
+    # Memory beside the KV pool
+
+    def _reserve(self, pool_bytes: int, activation_bytes: int, tokens_in: Callable[[int], int]) -> int:
+        model, rounds = self._shapes(self._server_args.max_running_requests)
+        return fit_pool(model, rounds, pool_bytes=pool_bytes, activation_bytes=activation_bytes, tokens_in=tokens_in)
+
+    def _shapes(self, max_reqs: int) -> tuple[ModelShape, RoundShape]:
+        model = self._model_runner.model_config
+        rounds = round_shape(
+            model,
+            self.config,
+            self._policy,
+            max_reqs=max_reqs,
+            batch_sizes=self._batch_sizes(max_reqs),
+            shares_heads=self._shares_heads,
+            logits_dtype=self._logits_dtype,
+            device=torch.device(self.device, self._gpu_id),
+        )
+        return model_shape(model, self._num_ranks), rounds
+
+    def _report_memory(self) -> None:
+        # what was reserved before the pool was sized is at least this: the pool may have become smaller
+        self._memory = plan_memory(*self._shapes(self.req_to_token_pool.size), self.token_to_kv_pool_allocator.size)
+        self._metrics.reserved(self._memory.total)
+        logger.info("SPARSESPEC memory: %s", self._memory.describe())
 
     def _install_offloader(self) -> None:
         """Hand requests that lose their slots to host memory, where there is any for KV."""
@@ -533,6 +577,11 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_step.capture()
         if self._backend.fused is not None:
             self._verify_forward.capture()
+        logger.info(
+            "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",
+            sum(self.graph_memory_usage.values()),
+            self._memory.captured / 2**30,
+        )
 
     def update_weights_from_tensor(self, recv_req: Any) -> Any:
         return self._target_worker.update_weights_from_tensor(recv_req)

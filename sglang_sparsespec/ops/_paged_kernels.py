@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.ops._launch import block_rows, num_row_tiles
 from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
@@ -276,15 +277,15 @@ def _scores_kernel(
 
 def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and positions per tile, and how many warps and loads in flight a program has (docs/kernels.md)."""
-    block_rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    num_block_rows = block_rows(num_rows)
     if head_dim > 128 or dtype == torch.float32:
-        block, warps, stages = 32, 8 if block_rows == 64 else 4, 2
-    elif head_dim > 64 and block_rows < 64:
+        block, warps, stages = 32, 8 if num_block_rows == 64 else 4, 2
+    elif head_dim > 64 and num_block_rows < 64:
         block, warps, stages = 128, 4, 2
     else:
         block, warps, stages = 64, 4, 3
     return {
-        "BM": block_rows,
+        "BM": num_block_rows,
         "BN": block,
         "BD": max(16, triton.next_power_of_2(head_dim)),
         "num_warps": warps,
@@ -325,8 +326,8 @@ def attend_paged_triton(
         return None if out is None else out.zero_(), None if scores is None else scores.zero_()
 
     tiles = choose_tiles(num_rows, head_dim, q.dtype)
-    block_rows, block = tiles["BM"], tiles["BN"]
-    row_tiles = triton.cdiv(num_rows, block_rows)
+    block = tiles["BN"]
+    row_tiles = num_row_tiles(num_rows)
     if num_splits is None:
         num_splits = choose_num_splits(num_reqs * num_kv_heads * row_tiles, max_len, block, q.device)
     part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)

@@ -11,18 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.ops._launch import choose_splits
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-# programs per multiprocessor that a split aims at; arbitrary, measure before changing
-_WAVES = 4
-_MAX_SPLITS = 32
 
 
 def choose_num_splits(num_programs: int, max_kv_len: int, block: int, device: torch.device) -> int:
     """A power of two from shapes alone: enough programs to fill the device, at least two tiles in each."""
     # the interpreter has no multiprocessors
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(_WAVES * num_sms // max(1, num_programs), triton.cdiv(max_kv_len, 2 * block), _MAX_SPLITS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return choose_splits(num_programs, max_kv_len, block, num_sms)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

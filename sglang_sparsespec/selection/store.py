@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_sparsespec.speculation.memory import LAYOUT_BYTES, LAYOUT_ENTRY_BYTES
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -165,6 +167,13 @@ class SelectionStore:
             tail: bound of the positions from `until` to the last drafted one.
         """
         num_selected, until = self.num_selected[rows], self.until[rows]
-        selected = self.positions[:, rows, :, :max_selected]
-        slots = lay_out(selected, num_selected, until, rows, req_to_token, tail=tail)
+        num_layers, _, num_heads, max_budget = self.positions.shape
+        shape = (num_layers, rows.shape[0], num_heads, min(max_selected, max_budget) + tail)
+        slots = torch.empty(shape, dtype=torch.int32, device=rows.device)
+        # some layers at a time: one long request widens the lists of all
+        step = max(1, LAYOUT_BYTES // max(1, LAYOUT_ENTRY_BYTES * slots[0].numel()))
+        for first in range(0, num_layers, step):
+            layers = slice(first, first + step)
+            selected = self.positions[layers, rows, :, :max_selected]
+            slots[layers] = lay_out(selected, num_selected, until, rows, req_to_token, tail=tail)
         return DraftKV(slots, num_selected + (committed_lens.to(torch.int32) - until))

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.ops._launch import num_select_programs
+
 # keys of a block, highest first: sinks in (2e38, 3e38], recent in [1e38, 2e38), scored within +-3e37; as in torch_impl
 SINK_KEY = tl.constexpr(3.0e38)
 RECENT_KEY = tl.constexpr(1.0e38)
@@ -19,10 +21,6 @@ KEY_SPAN = tl.constexpr(0.9e38)
 SCORE_BOUND = tl.constexpr(3.0e37)
 # blocks that a program handles at a time
 _BLOCK = 1024
-# bytes of scratch that all programs may hold together
-_SCRATCH_BYTES = 64 << 20
-# programs per multiprocessor; arbitrary, measure before changing
-_WAVES = 4
 
 
 @triton.jit
@@ -186,7 +184,7 @@ def select_positions_triton(
         return positions.view(shape), num_selected.zero_()
     # the interpreter has no multiprocessors
     num_sms = torch.cuda.get_device_properties(scores.device).multi_processor_count if scores.is_cuda else 1
-    num_programs = min(num_rows, _WAVES * num_sms, max(1, _SCRATCH_BYTES // (8 * max(1, max_len))))
+    num_programs = num_select_programs(num_rows, max_len, num_sms)
     scratch = torch.empty((num_programs, 2, max_len), dtype=torch.float32, device=scores.device)
     _select_kernel[(num_programs,)](
         scores,

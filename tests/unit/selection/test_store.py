@@ -152,3 +152,19 @@ def test_a_saved_selection_means_the_same_in_another_row(num_heads: int) -> None
     assert torch.equal(after.lens, before.lens)
     assert torch.equal(after.slots[..., : num_read + 4], before.slots[..., : num_read + 4])
     assert torch.equal(store.positions[:, [0, 1, 3, 4]], others)
+
+
+@pytest.mark.parametrize("limit", [0, 2 * 24 * 2 * 1 * 22, 10**9], ids=["one layer", "two layers", "all layers"])
+def test_layers_are_laid_out_some_at_a_time(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """The last group is smaller than the others, and must not be lost or doubled."""
+    torch.manual_seed(0)
+    store = garbage_store(4, 1, 16)
+    store.positions.random_(0, 50)
+    store.num_selected.fill_(16)
+    store.until.fill_(45)
+    arguments = (torch.tensor([2, 3]), torch.tensor([45, 46]), page_table(4, 60))
+    expected = store.draft_kv(*arguments, max_selected=16, tail=6)
+    monkeypatch.setattr("sglang_sparsespec.selection.store.LAYOUT_BYTES", limit)
+    apart = store.draft_kv(*arguments, max_selected=16, tail=6)
+    assert torch.equal(apart.slots, expected.slots)
+    assert torch.equal(apart.lens, expected.lens)

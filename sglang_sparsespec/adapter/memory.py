@@ -1,0 +1,76 @@
+"""The shapes that a plan of memory follows from, out of the host's objects."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_sparsespec.selection import SelectionPolicy
+from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_sparsespec.config import SparseSpecConfig
+    from sglang_sparsespec.selection.base import Policy
+
+
+def model_shape(model: ModelConfig, num_ranks: int) -> ModelShape:
+    """The served model, as one of `num_ranks` ranks sees it."""
+    text = model.hf_text_config
+    # experts: those that a token visits
+    experts = (getattr(text, "num_experts_per_tok", None) or 0) * (getattr(text, "moe_intermediate_size", None) or 0)
+    return ModelShape(
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=max(getattr(text, "intermediate_size", None) or 0, experts) // num_ranks,
+        num_q_heads=max(1, model.num_attention_heads // num_ranks),
+        num_kv_heads=model.get_num_kv_heads(num_ranks),
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        dtype_bytes=model.dtype.itemsize,
+        num_ranks=num_ranks,
+    )
+
+
+def round_shape(
+    model: ModelConfig,
+    config: SparseSpecConfig,
+    policy: Policy,
+    *,
+    max_reqs: int,
+    batch_sizes: Sequence[int],
+    shares_heads: bool,
+    logits_dtype: torch.dtype,
+    device: torch.device,
+) -> RoundShape:
+    """The rounds of a server.
+
+    Args:
+        model: what is served.
+        config: SPARSESPEC's options.
+        policy: selects.
+        max_reqs: most requests of a round.
+        batch_sizes: that are captured.
+        shares_heads: whether the KV heads of a layer share a selection.
+        logits_dtype: of the logits buffer and of kept draft distributions.
+        device: that it all lies on.
+    """
+    stores = isinstance(policy, SelectionPolicy)
+    return RoundShape(
+        max_reqs=max_reqs,
+        num_steps=config.num_steps,
+        tail=config.draft_tail,
+        max_budget=policy.max_budget(model.context_len) if stores else 0,
+        context_len=model.context_len,
+        batch_sizes=tuple(batch_sizes),
+        is_fused=config.verify_attention == "fused",
+        needs_scores=isinstance(policy, SelectionPolicy) and policy.needs_attention,
+        shares_heads=shares_heads,
+        samples_drafts=config.draft_sampling == "sampled",
+        logits_bytes=logits_dtype.itemsize,
+        num_sms=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1,
+    )

@@ -1,0 +1,36 @@
+"""How large the Triton launches are: splits, tiles and scratch, from shapes alone.
+
+Apart from the kernels so that a server can count their transients before it has a KV pool, and a machine without Triton
+can test that. Invariant: nothing here reads a device value.
+"""
+
+from __future__ import annotations
+
+# programs per multiprocessor that a launch aims at; arbitrary, measure before changing
+WAVES = 4
+MAX_SPLITS = 32
+# query rows of a tile of the verify kernel
+MAX_BLOCK_ROWS = 64
+# scratch that all programs of a selection may hold together
+SELECT_SCRATCH_BYTES = 64 << 20
+
+
+def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:
+    """A power of two: enough programs to fill the device, at least two tiles in each."""
+    wanted = min(WAVES * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+def block_rows(num_rows: int) -> int:
+    """Query rows per tile of the verify kernel: a power of two from 16 to MAX_BLOCK_ROWS."""
+    return min(MAX_BLOCK_ROWS, max(16, 1 << (num_rows - 1).bit_length()))
+
+
+def num_row_tiles(num_rows: int) -> int:
+    """Tiles of the `num_rows` query rows that share a KV head; with more than one each has its own scores."""
+    return -(-num_rows // block_rows(num_rows))
+
+
+def num_select_programs(num_rows: int, max_len: int, num_sms: int) -> int:
+    """Programs of a selection over `num_rows` score rows; each holds 2 x max_len float32 of scratch."""
+    return min(num_rows, WAVES * num_sms, max(1, SELECT_SCRATCH_BYTES // (8 * max(1, max_len))))

@@ -1,0 +1,289 @@
+"""Device memory that SPARSESPEC takes beside the KV pool, by purpose, before any of it is allocated.
+
+Sizes follow from shapes and options alone. What is held for good is subtracted from the KV pool; what is held for a
+moment at a time shares the memory that the host leaves free for a prefill's activations, which never runs meanwhile.
+Invariant: a larger pool never needs less memory beside it, so a bound for a larger pool serves for a smaller one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.ops._launch import MAX_SPLITS, WAVES, num_row_tiles, num_select_programs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+GIB = 1 << 30
+# scores that wait for a selection: whole layers, at most this, at least one
+SCORE_BYTES = 128 << 20
+# laying out slots takes the layers in groups of at most so many bytes, and so many for each slot while it does
+LAYOUT_BYTES = 64 << 20
+LAYOUT_ENTRY_BYTES = 24
+# a captured forward beyond its tensors: nodes, parameters, rounding of small blocks. Assumed, not measured; SGLang
+# reserves 8 MB for a size of its piecewise graphs. The log shows after capture what graphs really took
+GRAPH_BYTES = 2 << 20
+# an acceptance makes distributions for some requests at a time: probabilities, at most so many or one request's, and
+# bytes for each: the probability, what it is computed from, and the sort of a filter (30)
+ACCEPT_ELEMENTS = 1 << 24
+ACCEPT_ELEMENT_BYTES = 38
+# of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
+# workspaces that it allocates after it has sized the pool. Arbitrary
+ACTIVATION_SHARE = 0.5
+
+
+class ModelShape(NamedTuple):
+    """The served model, as one rank sees it."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    """Of the whole vocabulary: logits are gathered."""
+    dtype_bytes: int
+    """Of weights and activations."""
+    num_ranks: int = 1
+
+
+class RoundShape(NamedTuple):
+    """The rounds that a server runs."""
+
+    max_reqs: int
+    num_steps: int
+    """k."""
+    tail: int
+    """Most positions between a selection and the last draft."""
+    max_budget: int
+    """Tokens that a request may select at most; 0 where selections are not stored."""
+    context_len: int
+    batch_sizes: tuple[int, ...]
+    """That are captured; empty: rounds run eagerly."""
+    is_fused: bool
+    """Whether our own kernel verifies."""
+    needs_scores: bool
+    """Whether selections come from attention."""
+    shares_heads: bool
+    samples_drafts: bool
+    logits_bytes: int
+    """Of an element of the logits buffer and of kept draft distributions."""
+    num_sms: int
+    """Multiprocessors of the device."""
+
+    @property
+    def width(self) -> int:
+        """Tokens that a request verifies: k + 1."""
+        return self.num_steps + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on one device, beside the KV pool."""
+
+    selection: int
+    """The selections in force, by page-table row."""
+    round: int
+    """Static inputs of drafts and verifies, above all the slots that drafts read."""
+    scores: int
+    """Scores of a fused verify until a selection is made; grows with the pool up to a bound."""
+    logits: int
+    """The buffer that captured forwards leave their logits in."""
+    drafts: int
+    """Draft distributions, kept until acceptance."""
+    forward: int
+    """Activations, the head's product, split results and scratch of captured forwards, which keep theirs for good."""
+    graphs: int
+    """The graphs themselves."""
+    moments: int
+    """The most that anything else holds at a time: acceptance, laying out slots, a forward that is not captured."""
+
+    @property
+    def total(self) -> int:
+        """Held as long as the server runs."""
+        return sum(getattr(self, field.name) for field in dataclasses.fields(self)) - self.moments
+
+    @property
+    def captured(self) -> int:
+        """What a capture adds: the graphs and what their forwards keep."""
+        return self.forward + self.graphs
+
+    def from_pool(self, activation_bytes: int) -> int:
+        """What to subtract from a pool beside which the host leaves `activation_bytes` free."""
+        return self.total + max(0, self.moments - int(ACTIVATION_SHARE * activation_bytes))
+
+    def describe(self) -> str:
+        """One line for the log, in GiB."""
+        held = ", ".join(
+            f"{field.name}{' (reserved)' if field.name in ('forward', 'graphs') else ''} "
+            f"{getattr(self, field.name) / GIB:.3f}"
+            for field in dataclasses.fields(self)
+            if field.name != "moments"
+        )
+        return f"{self.total / GIB:.2f} GiB beside the KV pool: {held}; {self.moments / GIB:.2f} GiB at moments"
+
+
+def num_score_layers(num_layers: int, num_kv_heads: int, num_columns: int) -> int:
+    """Layers whose scores wait for one selection, where a layer has `num_columns` positions."""
+    return min(num_layers, max(1, SCORE_BYTES // (4 * num_kv_heads * max(1, num_columns))))
+
+
+def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> MemoryPlan:
+    """What a server takes beside a pool of `num_tokens` tokens."""
+    num_reqs, width, budget = rounds.max_reqs, rounds.width, rounds.max_budget
+    num_lists = 1 if rounds.shares_heads else model.num_kv_heads
+    captured_reqs = max(rounds.batch_sizes, default=0)
+    distributions = num_reqs * rounds.num_steps * model.vocab_size * rounds.logits_bytes
+    # of all requests at once, beyond the captured sizes and in warm-ups; the host hands out float32 logits
+    eager = _forward_bytes(model, rounds, num_reqs, num_tokens) + 4 * num_reqs * width * model.vocab_size
+    capture = _capture_bytes(model, rounds)
+    if not rounds.is_fused:
+        eager += capture
+    return MemoryPlan(
+        # positions; then how many and until where. One row more than requests: padding
+        selection=4 * (num_reqs + 1) * (model.num_layers * num_lists * budget + 2),
+        # slots; rows, tokens, position and slot of a step; positions, slots and chain of a round; lengths
+        round=num_reqs * (4 * model.num_layers * num_lists * (budget + rounds.tail) + 8 * (4 + 3 * width) + 4 * 3),
+        scores=_score_bytes(model, rounds, num_tokens),
+        logits=_logits_bytes(model, rounds, captured_reqs),
+        drafts=distributions if rounds.samples_drafts else 0,
+        forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
+        # a draft and a verify of each size
+        graphs=2 * len(rounds.batch_sizes) * GRAPH_BYTES,
+        moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
+    )
+
+
+def fit_pool(
+    model: ModelShape,
+    rounds: RoundShape,
+    *,
+    pool_bytes: int,
+    activation_bytes: int,
+    tokens_in: Callable[[int], int],
+) -> int:
+    """How many of `pool_bytes` are left for KV.
+
+    Args:
+        model: what is served.
+        rounds: how.
+        pool_bytes: what the host would take for its pool.
+        activation_bytes: what it leaves free beside it.
+        tokens_in: tokens of a pool of so many bytes.
+
+    Raises:
+        ConfigError: too little is left for a full batch.
+    """
+    plan = plan_memory(model, rounds, 0)
+    left = pool_bytes - plan.from_pool(activation_bytes)
+    # scores for more tokens than there will be, so that what remains is enough
+    plan = plan_memory(model, rounds, tokens_in(max(0, left)))
+    left = pool_bytes - plan.from_pool(activation_bytes)
+    num_tokens = tokens_in(max(0, left))
+    # what a host that looks one round ahead holds for a full batch
+    least = 2 * rounds.max_reqs * rounds.width
+    if num_tokens < least:
+        raise ConfigError(
+            "The KV pool, in tokens,",
+            num_tokens,
+            f"at least {least}, two rounds of {rounds.max_reqs} requests",
+            f"Weights and --mem-fraction-static leave {pool_bytes / GIB:.2f} GiB, of which SPARSESPEC needs "
+            f"{plan.from_pool(activation_bytes) / GIB:.2f} ({plan.describe()}). Lower {_remedies(plan)}.",
+        )
+    return left
+
+
+def _remedies(plan: MemoryPlan) -> str:
+    """Options that make the plan smaller, the one that weighs most first."""
+    options = {
+        "--max-running-requests": plan.selection + plan.round + plan.drafts + plan.moments,
+        "--cuda-graph-max-bs-decode": plan.logits + plan.forward + plan.graphs,
+    }
+    first, second = sorted(options, key=lambda option: -options[option])
+    return f"{first}, {second} or --speculative-num-steps"
+
+
+def _score_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:
+    """A bound that grows with the pool; the buffer itself has whole layers only and is up to a layer smaller."""
+    if not (rounds.is_fused and rounds.needs_scores):
+        return 0
+    layer = 4 * model.num_kv_heads * num_tokens
+    return min(model.num_layers * layer, max(SCORE_BYTES, layer))
+
+
+def _logits_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
+    return num_reqs * rounds.width * model.vocab_size * rounds.logits_bytes
+
+
+def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tokens: int) -> int:
+    """A verify of `num_reqs` requests, logits buffer apart; a draft step of as many needs less, and follows it."""
+    if num_reqs == 0:
+        return 0
+    num_rows = num_reqs * rounds.width
+    # of a token: the residual and what is normed; then Q, K, V and the output, or both halves and their product
+    attention = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
+    activations = 2 * model.hidden_size + max(attention, 3 * model.intermediate_size)
+    # the head's product, and this rank's part of it where ranks gather
+    head = model.vocab_size + (model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
+    kernels = _split_bytes(model, rounds, num_reqs)
+    if rounds.is_fused and rounds.needs_scores:
+        kernels += _plane_bytes(model, rounds, num_tokens) + _select_bytes(model, rounds, num_reqs)
+    return num_rows * (activations + head) * model.dtype_bytes + kernels
+
+
+def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
+    """Partial outputs and their log-sum-exp, float32, of the verify kernel or of sparse decode."""
+    group = model.num_q_heads // model.num_kv_heads
+    lists = num_reqs * model.num_kv_heads
+
+    def split(num_rows: int, row_tiles: int) -> int:
+        # programs are split until there are WAVES per multiprocessor, never beyond; unsplit, no partial output
+        shares = min(MAX_SPLITS * lists, WAVES * rounds.num_sms // row_tiles)
+        return 4 * num_rows * (shares * (model.head_dim + 1) + lists)
+
+    num_rows = rounds.width * group
+    verify = split(num_rows, num_row_tiles(num_rows)) if rounds.is_fused else 0
+    return max(verify, split(group, 1))
+
+
+def _plane_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:
+    """Scores by tile of query rows, where there is more than one tile."""
+    row_tiles = num_row_tiles(rounds.width * (model.num_q_heads // model.num_kv_heads))
+    return 4 * row_tiles * model.num_kv_heads * num_tokens if row_tiles > 1 else 0
+
+
+def _select_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
+    """Scratch and result of a selection, as if for all layers: how many wait falls as the pool grows."""
+    num_rows = model.num_layers * num_reqs * (1 if rounds.shares_heads else model.num_kv_heads)
+    programs = num_select_programs(num_rows, rounds.context_len, rounds.num_sms)
+    return 8 * rounds.context_len * programs + 4 * num_rows * rounds.max_budget
+
+
+def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
+    """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them."""
+    request = rounds.width * model.vocab_size
+    elements = min(rounds.max_reqs * request, max(ACCEPT_ELEMENTS, request))
+    return 4 * rounds.max_reqs * request + ACCEPT_ELEMENT_BYTES * elements
+
+
+def _layout_bytes(model: ModelShape, rounds: RoundShape) -> int:
+    """The slots of a round before they are where drafts look for them."""
+    num_lists = 1 if rounds.shares_heads else model.num_kv_heads
+    layer = rounds.max_reqs * num_lists * (rounds.max_budget + rounds.tail)
+    step = LAYOUT_ENTRY_BYTES * layer
+    return 4 * model.num_layers * layer + min(model.num_layers * step, max(LAYOUT_BYTES, step))
+
+
+def _capture_bytes(model: ModelShape, rounds: RoundShape) -> int:
+    """Scores of one layer beside a dense verify or at the end of a prompt, some requests at a time."""
+    request = 4 * model.num_kv_heads * rounds.context_len
+    if rounds.max_budget == 0:
+        # a policy that selects for every draft step scores all requests at once
+        return rounds.max_reqs * request
+    if not rounds.needs_scores:
+        return 0
+    scores = min(rounds.max_reqs * request, max(SCORE_BYTES, request))
+    return scores + _select_bytes(model, rounds, rounds.max_reqs)
