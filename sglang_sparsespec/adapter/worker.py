@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -28,6 +29,7 @@ from sglang_sparsespec.adapter.offload import Offloader, RequestState
 from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
+from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound
@@ -110,7 +112,7 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
-        self._num_ranks = ps.tp_size
+        self._ranks = Ranks(get_tp_group())
         self._offload_metrics = None
         if self.config.host_memory_gb > 0:
             self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
@@ -138,6 +140,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
         result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.NULL)
+        self._ranks.agree(result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
         if on_publish is not None:
             on_publish(result.new_seq_lens)
@@ -151,6 +154,7 @@ class SparseSpecWorker(BaseSpecWorker):
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
         acceptance = self._sampler.accept(logits_output.next_token_logits, drafts, batch.sampling_info)
+        acceptance = self._ranks.agree_on_acceptance(acceptance)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
@@ -188,7 +192,9 @@ class SparseSpecWorker(BaseSpecWorker):
             tokens.append(current)
             probs.append(distribution)
         sampled = [distribution for distribution in probs if distribution is not None]
-        return Drafts(torch.stack(tokens, dim=1), torch.stack(sampled, dim=1) if sampled else None)
+        # once for all steps: the verify writes the KV of drafts again, so what they were drafted from need not agree
+        agreed = self._ranks.agree(torch.stack(tokens, dim=1))
+        return Drafts(agreed, torch.stack(sampled, dim=1) if sampled else None)
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
         """Put the round, and what its drafts read, where the forwards look for it."""
@@ -481,7 +487,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
         patches.install_offloader(
             Offloader(
-                num_bytes=int(self.config.host_memory_gb * 1e9 / self._num_ranks),
+                num_bytes=int(self.config.host_memory_gb * 1e9),
                 tokens_per_round=self.config.num_draft_tokens,
                 model_runner=self._model_runner,
                 server_args=self._server_args,
