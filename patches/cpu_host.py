@@ -114,6 +114,11 @@ def skip_kv_copy_kernel(pool: Any) -> None:
     pool._kv_copy_config = None
 
 
+def without_gpu_communicators(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """A process group whose collectives are torch.distributed's."""
+    return original(*args, **{**kwargs, "use_pynccl": False, "use_custom_allreduce": False})
+
+
 def _positions(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Ragged aranges [start, start + count), one after another."""
     total = int(counts.sum())
@@ -193,5 +198,15 @@ PATCHES = (
         scope="cpu",
         kind="replace",
         replacement=skip_kv_copy_kernel,
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state.init_model_parallel_group",
+        why="Groups of several ranks (`--tp-size`) start an NCCL communicator, which asks for a CUDA device.",
+        how="Leaves NCCL and the custom all-reduce out; collectives are torch.distributed's, over gloo.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="GroupCoordinator builds PyNcclCommunicator on CUDA devices only.",
+        scope="cpu",
+        kind="around",
+        replacement=without_gpu_communicators,
     ),
 )

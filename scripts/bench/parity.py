@@ -2,10 +2,12 @@
 
     python scripts/bench/parity.py --model PATH --dtype float32                      # CPU, the full set
     python scripts/bench/parity.py --model PATH --attention-backend triton --tolerance 0.2   # GPU, bf16
+    python scripts/bench/parity.py --model PATH --tp-size 2 --tolerance 0.2                  # two cards
 
 Starts the reference, records its output with the gap between its two best tokens, stops it, starts SPARSESPEC, and
 compares up to each request's first divergence. Every prompt runs alone (a sample) and batched, with a cold and a warm
-radix cache. Writes one JSON document; exits 1 when a request diverges where the reference was sure.
+radix cache. Options that are not its own go to both servers as they are. Writes one JSON document; exits 1 when a
+request diverges where the reference was sure.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ def max_logprob_difference(reference: list[Any], outputs: list[Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # no abbreviations: they would take options that are meant for the servers
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", help="for the prompts; default: the model's")
     parser.add_argument("--random-tokens", type=int, metavar="VOCAB", help="random prompts, for random weights")
@@ -111,7 +116,7 @@ def main() -> None:
     parser.add_argument("--name", default="parity")
     parser.add_argument("--together", action="store_true", help="run both servers at a time (a big GPU)")
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args, others = parser.parse_known_args()
 
     from transformers import AutoTokenizer
 
@@ -121,7 +126,7 @@ def main() -> None:
         prompts = [[rng.randrange(args.random_tokens) for _ in range(length)] for length in lengths]
     else:
         prompts = token_prompts(AutoTokenizer.from_pretrained(args.tokenizer or args.model), lengths)
-    common = list(args.server_arg)
+    common = [*args.server_arg, *others]
     if args.dtype or not has_gpu():
         # by itself SGLang takes a float32 checkpoint down to bf16, where ties between two logits are common
         common += ["--dtype", args.dtype or "float32"]

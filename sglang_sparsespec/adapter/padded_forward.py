@@ -47,7 +47,7 @@ class PaddedForward:
     def capture(self) -> None:
         """Take a graph of every batch size, the largest first, so that the smaller ones fit into its memory."""
         from sglang.srt.distributed.device_communicators.pynccl_allocator import set_graph_pool_id
-        from sglang.srt.distributed.parallel_state import graph_capture
+        from sglang.srt.distributed.parallel_state import get_tp_group, graph_capture
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
         from sglang.srt.model_executor.runner_utils.pool import get_or_create_global_graph_memory_pool
 
@@ -58,6 +58,8 @@ class PaddedForward:
             for batch_size in reversed(self._batch_sizes):
                 for _ in range(_WARM_UPS):
                     torch.cuda.synchronize()
+                    # as SGLang before its own captures: ranks wait for each other here and not inside a collective
+                    get_tp_group().barrier()
                     self._body(batch_size)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=context.stream):

@@ -141,6 +141,9 @@ class SparseSpecServerArgs(ServerArgs):
             # the schedulers inherit it: by OpenMP's default a thread that waits spins, and keeps the core from the
             # thread it waits for whenever something else runs too
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+            if self.tp_size > 1:
+                # SGLang asks for a NUMA node per rank unless cores are named; without its CPU engine it binds nothing
+                os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(["all"] * self.tp_size))
         super()._handle_cpu_backends()
 
     def _choose_backend(self) -> None:

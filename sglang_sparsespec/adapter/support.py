@@ -55,7 +55,14 @@ REFUSALS = (
     _one("tokenizer_worker_num", "SGLang does not load plugins in its tokenizer workers."),
     _one("nnodes", "Several nodes are not tested."),
     _off("enable_dp_attention", "SGLang sizes idle ranks by the names of its own algorithms."),
-    _one("tp_size", "Tensor parallelism is not tested yet."),
+    Refusal(
+        "tp_size",
+        lambda value: value in (None, 1, 2, 4, 8),
+        "1, 2, 4 or 8",
+        "Heads and vocabulary are split evenly over ranks. Name one of them.",
+    ),
+    _one("ep_size", "Experts on several ranks are not tested."),
+    _one("moe_dp_size", "Experts on several ranks are not tested."),
     _one("dp_size", "SGLang does not load plugins in its data-parallel controller; start one server per replica."),
     Refusal(
         "disaggregation_mode",
@@ -169,7 +176,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_model(server_args.get_model_config())
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
-    _check_host_memory(config)
+    _check_host_memory(config, resolved.tp_size)
 
 
 def _check_options(server_args: ServerArgs) -> None:
@@ -269,7 +276,14 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-def _check_host_memory(config: SparseSpecConfig) -> None:
+def _check_host_memory(config: SparseSpecConfig, tp_size: int) -> None:
+    if config.host_memory_gb > 0 and tp_size > 1:
+        raise ConfigError(
+            "--sparsespec-host-memory-gb",
+            config.host_memory_gb,
+            f"0 with --tp-size {tp_size}",
+            "Ranks would have to agree on when a copy is done. Leave it out, or set --tp-size to 1.",
+        )
     largest = MAX_HOST_MEMORY_SHARE * psutil.virtual_memory().total / 1e9
     if config.host_memory_gb > largest:
         raise ConfigError(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
 from sglang.srt.managers.utils import GenerationBatchResult
@@ -29,6 +30,7 @@ from sglang_sparsespec.adapter.offload import Offloader, RequestState
 from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
+from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound
@@ -118,6 +120,7 @@ class SparseSpecWorker(BaseSpecWorker):
             device=self.device,
         )
         self._num_ranks = ps.tp_size
+        self._ranks = Ranks(get_tp_group())
         self._offload_metrics = None
         if self.config.host_memory_gb > 0:
             self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
@@ -148,6 +151,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
         result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.NULL)
+        self._ranks.agree(result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
         if on_publish is not None:
             on_publish(result.new_seq_lens)
@@ -161,6 +165,7 @@ class SparseSpecWorker(BaseSpecWorker):
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
         acceptance = self._sampler.accept(logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule)
+        acceptance = self._ranks.agree_on_acceptance(acceptance)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
@@ -198,6 +203,8 @@ class SparseSpecWorker(BaseSpecWorker):
             self._begin_step(step, current, plan.batch_size)
             logits = self._draft_step(plan.batch_size)[:num_reqs]
             current = self._sampler.draft(step, logits, drafts, batch.sampling_info, plan.rule, plan.penalised, current)
+        # once for all steps: the verify writes the KV of drafts again, so what they were drafted from need not agree
+        drafts.tokens = self._ranks.agree(drafts.tokens)
         return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
@@ -548,7 +555,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
         patches.install_offloader(
             Offloader(
-                num_bytes=int(self.config.host_memory_gb * 1e9 / self._num_ranks),
+                num_bytes=int(self.config.host_memory_gb * 1e9),
                 tokens_per_round=self.config.num_draft_tokens,
                 model_runner=self._model_runner,
                 server_args=self._server_args,

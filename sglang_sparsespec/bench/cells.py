@@ -43,9 +43,10 @@ class Target:
     def weights_bytes(self) -> int:
         return self.shape.stored_params * BYTES[self.dtype]
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.shape.kv_values_per_token * BYTES[self.dtype]
+    def kv_bytes_per_token(self, ranks: int = 1) -> int:
+        """On all ranks together; with fewer KV heads than ranks each rank holds a whole head."""
+        copies = max(1, ranks // self.shape.kv_heads)
+        return copies * self.shape.kv_values_per_token * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; on a CPU float32"
     )
     found.add_argument("--device", choices=("cpu",), help="leave the GPU out of account; set smoke always does")
+    found.add_argument(
+        "--tp-size", type=int, choices=(1, 2, 4, 8), default=1, help="ranks of every server, the baseline's too"
+    )
     found.add_argument("--out", type=Path, help="folder of results (default: bench-results/SET)")
     found.add_argument("--dry-run", action="store_true", help="list cells, skips and predicted minutes; start nothing")
     found.add_argument("--report", action="store_true", help="page and plots from what is on file; start nothing")
@@ -82,15 +85,15 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("bench-results") / args.set
-    machine = detect("cpu" if args.set == "smoke" else args.device)
+    machine = detect("cpu" if args.set == "smoke" else args.device, args.tp_size)
     request = build_request(args, machine, out)
     check(args.set, request)
     plan = SETS[args.set](machine, request)
     path = out / "results.jsonl"
     if args.report:
         return _report(path, out)
-    facts = provenance(use_gpu=machine.has_gpu)
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit")}
+    facts = {**provenance(use_gpu=machine.has_gpu), "tp_size": machine.tp_size}
+    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "tp_size")}
     runner = Runner(
         args.set,
         plan.jobs,
@@ -140,8 +143,15 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
     if args.set == "smoke":
         tiny = tiny_target(out / "models" / "tiny", args.dtype or "float32")
         spec_args = ("--sparsespec-min-budget", TINY_MIN_BUDGET, *spec_args)
+    model = real_target(args.model, dtype) if needs_model else None
+    no_model = Request.no_model
+    if model is not None and not model.shape.splits_over(machine.tp_size):
+        no_model = f"the heads of {model.name} ({model.shape.heads}, KV {model.shape.kv_heads}) do not split over "
+        no_model += f"{machine.tp_size} ranks; --model PATH names another one"
+        model = None
     return Request(
-        model=real_target(args.model, dtype) if needs_model else None,
+        model=model,
+        no_model=no_model,
         shapes=tuple(shape_target(name, out / "models" / name, dtype) for name in args.shapes),
         tiny=tiny,
         eagle3_draft=args.eagle3_draft,

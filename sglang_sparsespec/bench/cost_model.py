@@ -30,6 +30,10 @@ class Roofline:
     bandwidth: float
     flops: float
 
+    def times(self, ranks: int) -> Roofline:
+        """Of so many cards that share the work; what they say to each other is not counted."""
+        return Roofline(ranks * self.bandwidth, ranks * self.flops)
+
 
 # H100: dense decode attention and weights, 3.0 to 3.1 TB/s measured (docs/benchmarks.md); products at
 # 70 % of the peak of 989 TFLOP/s in bf16. H200: the same shares of its own data sheet; not measured.

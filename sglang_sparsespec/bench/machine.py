@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from sglang_sparsespec.errors import ConfigError
+
 GPU_BACKENDS = ("flashinfer", "triton", "fa3")
 CPU_BACKENDS = ("torch_native", "intel_amx")
 
@@ -19,26 +21,35 @@ class Machine:
     name: str
     has_gpu: bool
     memory_bytes: int
-    """Of the card, or of the host."""
+    """Of the card, of all cards that a server is spread over, or of the host."""
     backends: tuple[str, ...]
     """Attention backends that plain SGLang can use here; the first is the one that SPARSESPEC takes by itself."""
     missing: dict[str, str] = field(default_factory=dict)
     """Backend -> why it cannot be used here."""
+    tp_size: int = 1
+    """Ranks of every server here, plain or not; on a GPU machine each has a card of its own."""
 
 
-def detect(device: str | None = None) -> Machine:
-    """This machine; `device="cpu"` leaves its card out of account."""
+def detect(device: str | None = None, tp_size: int = 1) -> Machine:
+    """This machine; `device="cpu"` leaves its cards out of account.
+
+    Raises:
+        ConfigError: if there are fewer cards than ranks.
+    """
     import torch
 
     if device != "cpu" and torch.cuda.is_available():
+        if tp_size > torch.cuda.device_count():
+            raise ConfigError("--tp-size", tp_size, f"at most {torch.cuda.device_count()}, the cards here", "Lower it.")
         properties = torch.cuda.get_device_properties(0)
         missing = _missing_gpu_backends((properties.major, properties.minor))
         return Machine(
             name=properties.name,
             has_gpu=True,
-            memory_bytes=properties.total_memory,
+            memory_bytes=tp_size * properties.total_memory,
             backends=tuple(backend for backend in GPU_BACKENDS if backend not in missing),
             missing=missing,
+            tp_size=tp_size,
         )
     return Machine(
         name="CPU",
@@ -49,6 +60,7 @@ def detect(device: str | None = None) -> Machine:
             "intel_amx": "it needs SGLang's own CPU build (SGLANG_USE_CPU_ENGINE), and the plugin serves without it",
             **{backend: "it needs a GPU" for backend in GPU_BACKENDS},
         },
+        tp_size=tp_size,
     )
 
 

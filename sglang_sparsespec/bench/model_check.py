@@ -61,8 +61,11 @@ class ModelCheck:
         return found
 
 
-def check_all(rows: Sequence[Row], machine: str) -> tuple[list[ModelCheck], list[str]]:
+def check_all(rows: Sequence[Row], provenance: dict[str, Any]) -> tuple[list[ModelCheck], list[str]]:
     """(checks, notes on cells that the model cannot be applied to)."""
+    card = cost_model.roofline_of(provenance["machine"])
+    # written by versions that knew of one rank
+    ranks = provenance.get("tp_size", 1)
     checks, notes = [], []
     for row in rows:
         if "SPARSESPEC" not in row.turns[0]["contender_args"]:
@@ -74,7 +77,7 @@ def check_all(rows: Sequence[Row], machine: str) -> tuple[list[ModelCheck], list
                 "decoding was measured at one pool fill only, or did not slow down with the fill"
             )
             continue
-        checks.append(check(row, fit, machine))
+        checks.append(check(row, fit, card, ranks))
     return checks, notes
 
 
@@ -100,25 +103,25 @@ def sweep_fit(fills: Sequence[float], times: Sequence[float]) -> tuple[float, fl
     return cost_model.fit_step(fills, times) if fills and max(fills) > MIN_SWEEP * min(fills) else None
 
 
-def check(row: Row, fit: tuple[float, float], machine: str) -> ModelCheck:
+def check(row: Row, fit: tuple[float, float], card: Roofline | None, ranks: int = 1) -> ModelCheck:
     weights_ms, kv_ms_per_token = fit
     turn = row.turns[0]
-    shape, roofline = ModelShape(**turn["shape"]), cost_model.roofline_of(machine)
+    shape = ModelShape(**turn["shape"])
     accept_length = row.medians["accept_length"] or 1.0
     parts = [part for turn in row.turns for part in turn["result"]["slices"]]
     pool, measured = row.medians["pool_tokens"] or 0.0, row.medians["round_ms"] or 0.0
 
     def model(pool_tokens: float) -> Round:
-        return model_round(turn, shape, roofline, weights_ms, kv_ms_per_token * pool_tokens, pool_tokens)
+        return model_round(turn, shape, card, weights_ms, kv_ms_per_token * pool_tokens, pool_tokens, ranks)
 
     fills = [part["pool_tokens"] for part in parts]
     measured_fit = sweep_fit(fills, [part["round_ms"] for part in parts])
     model_fit = sweep_fit(fills, [model(fill).total for fill in fills])
     at_pool = model(pool)
     roofline_plain = None
-    if roofline:
+    if card:
         roofline_plain = cost_model.step_times(
-            shape, roofline, rows=row.scene["batch"], pool_tokens=pool, bytes_per_value=BYTES[turn["dtype"]]
+            shape, card.times(ranks), rows=row.scene["batch"], pool_tokens=pool, bytes_per_value=BYTES[turn["dtype"]]
         )
     return ModelCheck(
         target=row.target,
@@ -139,10 +142,11 @@ def check(row: Row, fit: tuple[float, float], machine: str) -> ModelCheck:
 def model_round(
     turn: dict[str, Any],
     shape: ModelShape,
-    roofline: Roofline | None,
+    card: Roofline | None,
     weights_ms: float,
     kv_ms: float,
     pool_tokens: float,
+    ranks: int = 1,
 ) -> Round:
     contender = Contender(turn["contender"], turn["label"], tuple(turn["contender_args"]))
     defaults = SparseSpecConfig()
@@ -151,15 +155,17 @@ def model_round(
     min_budget = int(contender.option("--sparsespec-min-budget") or defaults.min_budget)
     batch = turn["scene"]["batch"]
     verify_ms, extra_ms = weights_ms, 0.0
-    if roofline:
+    if card:
+        together = card.times(ranks)
         size = BYTES[turn["dtype"]]
         rows = batch * (num_steps + 1)
         # the products' own growth, on top of what plain was measured to need
         verify_ms += 1e3 * (
-            cost_model.products_s(shape, roofline, rows=rows, bytes_per_value=size)
-            - cost_model.products_s(shape, roofline, rows=batch, bytes_per_value=size)
+            cost_model.products_s(shape, together, rows=rows, bytes_per_value=size)
+            - cost_model.products_s(shape, together, rows=batch, bytes_per_value=size)
         )
-        extra_ms = 1e3 * cost_model.sampling_s(shape, roofline, rows=rows)
+        # every rank samples from all of the logits
+        extra_ms = 1e3 * cost_model.sampling_s(shape, card, rows=rows)
     return cost_model.round_time(
         weights_ms,
         kv_ms,

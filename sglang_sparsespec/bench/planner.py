@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.machine import Machine
 
 SERVER_BYTES = 6 << 30
-"""A GPU server beside weights and KV: its CUDA context, graphs and workspaces. Seen on an H100: 3 to 5 GiB."""
+"""A GPU rank beside weights and KV: its CUDA context, graphs and workspaces. Seen on an H100: 3 to 5 GiB."""
 START_S = {True: 60.0, False: 40.0}
 """Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
 SPARE_REQUESTS = 4
@@ -58,6 +58,8 @@ def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
         "--random-seed",
         "1",
     ]
+    if machine.tp_size > 1:
+        args += ["--tp-size", str(machine.tp_size)]
     if machine.has_gpu:
         args.append("--disable-prefill-cuda-graph")
         if not side_by_side(job, machine):
@@ -75,15 +77,17 @@ def pool_tokens(job: Job, machine: Machine) -> int:
 
 
 def room_tokens(target: Target, machine: Machine) -> int:
-    """KV tokens that fit beside the weights: on a card all of it, on a CPU a quarter of the memory for each of two."""
-    room = 0.85 * machine.memory_bytes - SERVER_BYTES if machine.has_gpu else 0.25 * machine.memory_bytes
-    return max(0, int((room - target.weights_bytes) / target.kv_bytes_per_token))
+    """KV tokens that fit beside the weights: on cards all of it, on a CPU a quarter of the memory for each of two."""
+    room = 0.25 * machine.memory_bytes
+    if machine.has_gpu:
+        room = 0.85 * machine.memory_bytes - machine.tp_size * SERVER_BYTES
+    return max(0, int((room - target.weights_bytes) / target.kv_bytes_per_token(machine.tp_size)))
 
 
 def side_by_side(job: Job, machine: Machine) -> bool:
     """Whether two servers of this job fit here at a time; a CPU runs two, of a model that leaves room for it."""
-    server = job.target.weights_bytes + pool_tokens(job, machine) * job.target.kv_bytes_per_token
-    server += SERVER_BYTES if machine.has_gpu else 0
+    server = job.target.weights_bytes + pool_tokens(job, machine) * job.target.kv_bytes_per_token(machine.tp_size)
+    server += machine.tp_size * SERVER_BYTES if machine.has_gpu else 0
     return 2 * server < 0.9 * machine.memory_bytes
 
 
@@ -175,7 +179,8 @@ def num_starts(job: Job, machine: Machine) -> int:
 
 def predicted_turn_s(turn: Turn, machine: Machine) -> float:
     """A guess within a factor of two, for the dry run and for stopping in time."""
-    roofline = roofline_of(machine.name) or (UNKNOWN_GPU if machine.has_gpu else CPU)
+    roofline = roofline_of(machine.name) or UNKNOWN_GPU
+    roofline = roofline.times(machine.tp_size) if machine.has_gpu else CPU
     scene, shape = turn.scene, turn.job.target.shape
     waves = math.ceil(scene.requests / scene.batch)
     weights_ms, kv_ms = step_times(

@@ -38,8 +38,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[str]:
 
     kept, _ = current(records)
     found = rows(kept)
-    machine = kept[-1]["provenance"]["machine"] if kept else ""
-    checks, _notes = check_all(found, machine)
+    checks, _notes = check_all(found, kept[-1]["provenance"] if kept else {"machine": ""})
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     figures = (

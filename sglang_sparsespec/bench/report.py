@@ -57,8 +57,7 @@ def markdown(records: Sequence[Record], more_skips: Iterable[Skip] = (), plots: 
     if busiest > QUIET_LOAD:
         lines += [f"**The machine was not quiet**: up to {busiest:.1f} processes per core wanted to run.", ""]
     lines += [*_gates(kept), "", *_tables(found)]
-    machine = kept[-1]["provenance"]["machine"]
-    checks, notes = check_all(found, machine)
+    checks, notes = check_all(found, kept[-1]["provenance"])
     lines += [*_model(checks, notes), *_failures(kept)]
     skips = [Skip(record["what"], record["reason"]) for record in kept if record["record"] == "skip"]
     text = "\n".join(lines) + _skips([*skips, *more_skips])
@@ -69,9 +68,11 @@ def markdown(records: Sequence[Record], more_skips: Iterable[Skip] = (), plots: 
 
 def _provenance(provenance: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    ranks = provenance.get("tp_size", 1)
+    spread = "" if ranks == 1 else f", every server on {ranks} ranks (--tp-size {ranks})"
     driver = f", driver {provenance['driver']}" if provenance.get("driver") else ""
     return [
-        f"{provenance['date']}, {provenance['machine']}{driver}, Python {provenance['python']}, {versions}, "
+        f"{provenance['date']}, {provenance['machine']}{spread}{driver}, Python {provenance['python']}, {versions}, "
         f"commit {provenance['commit']}.",
         "",
         f"`{provenance['command']}`",

@@ -29,7 +29,9 @@ class Request:
     """What the user asked for besides the name of the set."""
 
     model: Target | None = None
-    """The real model; None where there is none here."""
+    """The real model; None where there is none here that can be served."""
+    no_model: str = "there is no real model here: ./scripts/quickstart.sh makes one, or --model PATH names one"
+    """Why `model` is None, if it is."""
     shapes: tuple[Target, ...] = ()
     tiny: Target | None = None
     eagle3_draft: str | None = None
@@ -51,7 +53,6 @@ class Plan:
     skips: tuple[Skip, ...]
 
 
-NO_MODEL = "there is no real model here: ./scripts/quickstart.sh makes one, or --model PATH names one"
 NO_GPU = "it needs a GPU"
 
 
@@ -75,7 +76,7 @@ def core(machine: Machine, request: Request) -> Plan:
         return _needs_gpu("core")
     jobs, skips = [], []
     if request.model is None:
-        skips.append(Skip("real model", NO_MODEL))
+        skips.append(Skip("real model", request.no_model))
     else:
         members, missing = _rivals(machine, request, ("pillar", "window"), real=True)
         skips += missing
@@ -94,7 +95,7 @@ def gpu_table(machine: Machine, request: Request) -> Plan:
         return _needs_gpu("gpu-table")
     jobs, skips = [], []
     if request.model is None:
-        skips.append(Skip("real model", NO_MODEL))
+        skips.append(Skip("real model", request.no_model))
     else:
         lengths = (2048, 4096, 7680)
         scenes = tuple(Scene(128, n, 256, temperature=t) for n in lengths for t in (GREEDY, SAMPLED))
@@ -118,7 +119,7 @@ def full(machine: Machine, request: Request) -> Plan:
     jobs, skips = [], []
     members, missing = _rivals(machine, request, who.useful_policies(), real=True)
     if request.model is None:
-        skips.append(Skip("real model", NO_MODEL))
+        skips.append(Skip("real model", request.no_model))
     else:
         skips += missing
         scenes = tuple(
@@ -140,7 +141,7 @@ def workload(name: str, machine: Machine, request: Request) -> Plan:
     """A paper's load on the user's model: every rival, answers as long as the model makes them."""
     preset = WORKLOADS[name]
     if request.model is None:
-        return Plan((), (Skip("real model", NO_MODEL),))
+        return Plan((), (Skip("real model", request.no_model),))
     members, skips = _rivals(machine, request, ("pillar", "window"), real=True)
     batch = request.batch or preset.batch
     prompt_tokens = FILE_PROMPT_TOKENS if request.prompts else preset.prompt_tokens
@@ -220,7 +221,7 @@ def _fitting(machine: Machine, jobs: list[Job], skips: list[Skip]) -> Plan:
         for scene in job.scenes:
             # answers that end by themselves share what pool there is; one of full length must fit
             tokens = scene.pool_tokens if scene.ignore_eos else scene.pool_tokens // scene.batch
-            needed = job.target.weights_bytes + tokens * job.target.kv_bytes_per_token
+            needed = job.target.weights_bytes + tokens * job.target.kv_bytes_per_token(machine.tp_size)
             if scene.prompt_tokens + scene.new_tokens > job.target.shape.context:
                 skips.append(Skip(f"{job.target.name}: {scene}", f"its context is {job.target.shape.context} tokens"))
             elif needed > 0.95 * machine.memory_bytes:

@@ -88,6 +88,10 @@ class ModelShape:
     def stored_params(self) -> int:
         return self.layer_params + self.head_params * (1 if self.tied else 2)
 
+    def splits_over(self, ranks: int) -> bool:
+        """Whether SGLang can give every rank whole heads."""
+        return self.heads % ranks == 0 and (self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0)
+
     @property
     def kv_values_per_token(self) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,9 @@ REFUSED_VALUES: dict[str, Any] = {
     "dllm_algorithm": "LowConfidence",
     "kv_cache_dtype": "fp8_e4m3",
     "dp_size": 2,
-    "tp_size": 2,
+    "tp_size": 3,
+    "ep_size": 2,
+    "moe_dp_size": 2,
     "nnodes": 2,
     "quantization": "fp8",
 }
@@ -174,6 +177,30 @@ def test_backends_of_a_gpu_are_accepted(backend: str) -> None:
     for page_size in (None, 1, 16):
         stub: Any = SimpleNamespace(device="cuda", page_size=page_size)
         _check_backends(stub, (backend, backend))
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
+def test_ranks_are_served_and_not_with_host_memory(
+    server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tp_size: int
+) -> None:
+    """Ranks learn at different times that a copy is done, and would resume a request in different rounds."""
+    # the resolution sets it where it is missing
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "all|all")
+    assert server_args(tp_size=tp_size).sparsespec_config.host_memory_gb == 0
+    with pytest.raises(ConfigError) as caught:
+        server_args(tp_size=tp_size, sparsespec_host_memory_gb=1.0)
+    assert_four_parts(caught.value, "--sparsespec-host-memory-gb", 1.0)
+    assert f"--tp-size {tp_size}" in str(caught.value)
+
+
+def test_cpu_ranks_need_no_numa_node_each(server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang ends the schedulers of a machine with fewer nodes than ranks unless their cores are named."""
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
+    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
+    server_args()
+    assert "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ
+    server_args(tp_size=2)
+    assert os.environ["SGLANG_CPU_OMP_THREADS_BIND"] == "all|all"
 
 
 @pytest.mark.parametrize("name", ["min_budget", "recent_window", "sink"])

@@ -88,6 +88,30 @@ def test_servers_get_the_pool_and_the_batch_of_their_largest_scene(job: Job, h10
     assert int(options["--max-running-requests"]) > 128
 
 
+def test_ranks_are_everybodys(shape_target: Target, plain: Contender, ours: Contender, h100: Machine) -> None:
+    """A baseline on one card would make two cards look like a speed-up, and its number would count for both."""
+    job = Job(shape_target, (plain, ours), (Scene(128, 512, 2600),), 1, "small")
+    two = dataclasses.replace(h100, memory_bytes=2 * h100.memory_bytes, tp_size=2)
+    assert ("--tp-size", "2") in itertools.pairwise(planner.common_args(job, two))
+    assert "--tp-size" not in planner.common_args(job, h100)
+    keys = [{turn.key for turn in planner.turns(job, machine, CONTEXT)} for machine in (h100, two)]
+    assert keys[0].isdisjoint(keys[1])
+    # the same pool on twice the memory leaves room for a second server
+    assert not planner.side_by_side(job, h100)
+    assert planner.side_by_side(job, two)
+    assert planner.predicted_turn_s(planner.turns(job, two, CONTEXT)[0], two) < planner.predicted_turn_s(
+        planner.turns(job, h100, CONTEXT)[0], h100
+    )
+
+
+def test_kv_heads_are_copied_to_ranks_that_outnumber_them(shape_target: Target) -> None:
+    """Eight ranks of a model with two KV heads hold four copies: a pool that is planned without them does not fit."""
+    few = dataclasses.replace(shape_target, shape=dataclasses.replace(shape_target.shape, kv_heads=2))
+    assert [few.kv_bytes_per_token(ranks) // few.kv_bytes_per_token() for ranks in (1, 2, 4, 8)] == [1, 1, 2, 4]
+    assert few.shape.splits_over(8)
+    assert not dataclasses.replace(few.shape, heads=9, kv_heads=3).splits_over(2)
+
+
 def test_records_come_back_and_the_later_of_two_counts(tmp_path: Path) -> None:
     """A failure that a later turn has mended must not stay failed."""
     path = tmp_path / "out" / "results.jsonl"

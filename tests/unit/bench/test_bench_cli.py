@@ -11,8 +11,10 @@ from bench_records import gate_record, turn_record
 from sglang_sparsespec.bench import cli, plots, prompts, provenance
 from sglang_sparsespec.bench.cells import Job, Scene
 from sglang_sparsespec.bench.client import COMPLETION_TOKENS, VERIFY_CT, Load
+from sglang_sparsespec.bench.machine import detect
 from sglang_sparsespec.bench.measure import scheduler_rate, summarise
 from sglang_sparsespec.bench.records import append_record
+from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.window import Trace
 from sglang_sparsespec.errors import ConfigError
@@ -36,6 +38,32 @@ def test_dry_run_lists_cells_skips_and_minutes(tmp_path: Path, capsys: pytest.Ca
     ):
         assert part in text, part
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_ranks_are_part_of_the_plan(tiny_qwen3_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--tp-size 2` is one command for both sides of the ratio; a model that does not split is named, not tried."""
+    argv = ["--device", "cpu", "--dry-run", "--out", str(tmp_path)]
+    assert cli.main(["smoke", "--tp-size", "2", *argv]) == cli.FINISHED
+    assert "minutes for the 40 turns" in capsys.readouterr().out
+    args = cli.parser().parse_args(["paper", "--model", str(tiny_qwen3_path), "--tp-size", "4", *argv])
+    machine = detect("cpu", args.tp_size)
+    assert machine.tp_size == 4
+    assert cli.build_request(args, machine, tmp_path).model is not None
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    config = json.loads((tiny_qwen3_path / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "num_attention_heads": 9, "num_key_value_heads": 3}))
+    assert cli.main(["paper", "--model", str(odd), "--tp-size", "2", *argv]) == cli.FINISHED
+    assert "the heads of odd (9, KV 3) do not split over 2 ranks" in capsys.readouterr().out
+
+
+def test_page_says_how_many_ranks(job: Job, tmp_path: Path) -> None:
+    """A number of two cards beside one of one card."""
+    records = write_results(job, tmp_path)
+    assert "--tp-size" not in markdown(records)
+    for record in records:
+        record["provenance"]["tp_size"] = 2
+    assert "every server on 2 ranks (--tp-size 2)" in markdown(records)
 
 
 @pytest.mark.parametrize(

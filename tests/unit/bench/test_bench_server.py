@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
 from sglang_sparsespec.bench import machine, server
+from sglang_sparsespec.errors import ConfigError
 
 
 class Small(server.Server):
@@ -41,6 +43,20 @@ def test_a_cpu_names_every_backend_that_it_lacks() -> None:
     assert found.backends == ("torch_native",)
     assert set(found.missing) == {*machine.GPU_BACKENDS, *machine.CPU_BACKENDS} - set(found.backends)
     assert not found.has_gpu
+
+
+def test_every_rank_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang would fail in a scheduler, after minutes; and memory is counted over all cards."""
+    import torch
+
+    card = SimpleNamespace(name="NVIDIA H200", total_memory=1 << 37, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = machine.detect(tp_size=2)
+    assert (found.tp_size, found.memory_bytes) == (2, 2 << 37)
+    with pytest.raises(ConfigError, match="--tp-size is 4; it must be at most 2, the cards here"):
+        machine.detect(tp_size=4)
 
 
 def test_fa3_needs_a_hopper_card() -> None:

@@ -149,7 +149,7 @@ def sweep(job: Job, *, our_extra_ms: float) -> list[dict[str, Any]]:
     plain_slices = slices([3 + 40e-6 * fill for fill in fills])
     records = [turn_record(job, plain, scene, pool_tokens=250_000.0, round_ms=13.0, slices=plain_slices)]
     records.append(turn_record(job, ours, scene, pool_tokens=250_000.0, slices=slices([1.0, 2.0, 3.0, 4.0])))
-    [check] = check_all(rows(records), "an unknown card")[0]
+    [check] = check_all(rows(records), {"machine": "an unknown card"})[0]
     measured = [check.model.total + our_extra_ms] * 4
     records[1]["result"] |= {"round_ms": measured[0], "slices": slices(measured)[:1]}
     return records
@@ -158,16 +158,16 @@ def sweep(job: Job, *, our_extra_ms: float) -> list[dict[str, Any]]:
 def test_model_stands_beside_the_measurement(job: Job) -> None:
     """W and A come from the plain server of the run; a round on the model is not flagged, one above it is."""
     long = dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4),))
-    [check] = check_all(rows(sweep(long, our_extra_ms=0.0)), "an unknown card")[0]
+    [check] = check_all(rows(sweep(long, our_extra_ms=0.0)), {"machine": "an unknown card"})[0]
     assert (check.plain_weights, check.plain_kv) == (pytest.approx(3.0), pytest.approx(10.0))
     assert check.flags() == []
-    [check] = check_all(rows(sweep(long, our_extra_ms=20.0)), "an unknown card")[0]
+    [check] = check_all(rows(sweep(long, our_extra_ms=20.0)), {"machine": "an unknown card"})[0]
     assert any(flag.startswith("round +") for flag in check.flags())
     assert "round +" in markdown(sweep(long, our_extra_ms=20.0))
 
 
 def test_model_is_not_applied_without_a_fill_sweep(job: Job) -> None:
     """A line through repeats of one fill has any slope."""
-    checks, notes = check_all(rows(paired(job, [100], [200])), "CPU")
+    checks, notes = check_all(rows(paired(job, [100], [200])), {"machine": "CPU"})
     assert checks == []
     assert "one pool fill" in notes[0]
