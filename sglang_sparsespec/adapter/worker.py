@@ -510,11 +510,6 @@ class SparseSpecWorker(BaseSpecWorker):
             return []
         return [size for size in self._server_args.sparsespec_batch_sizes if size <= max_reqs]
 
-    @property
-    def _logits_dtype(self) -> torch.dtype:
-        # SGLang's logits processor fills no other buffer
-        return torch.float32
-
     # Memory beside the KV pool
 
     def _reserve(self, pool_bytes: int, activation_bytes: int, tokens_in: Callable[[int], int]) -> int:
