@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
     from sglang_sparsespec.speculation.distribution import SamplingRule
-    from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
+    from sglang_sparsespec.speculation.memory import MemoryPlan, ModelShape, RoundShape
 
 logger = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class SparseSpecWorker(BaseSpecWorker):
             on_report=None if self._offload_metrics is None else self._offload_metrics.report,
         )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
+        self._memory: MemoryPlan | None = None
         # SGLang sizes the KV pool next; a CPU's memory is not shared out
         patches.install_reserve(self._reserve if self.device == "cuda" else None)
         self._step_kv: StepDraftKV | None = None
@@ -579,11 +580,12 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_step.capture()
         if self._backend.fused is not None:
             self._verify_forward.capture()
-        logger.info(
-            "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",
-            sum(self.graph_memory_usage.values()),
-            self._memory.captured / 2**30,
-        )
+        if self._memory is not None:
+            logger.info(
+                "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",
+                sum(self.graph_memory_usage.values()),
+                self._memory.captured / 2**30,
+            )
 
     def update_weights_from_tensor(self, recv_req: Any) -> Any:
         return self._target_worker.update_weights_from_tensor(recv_req)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.ops._launch import MAX_SPLITS, WAVES, num_row_tiles, num_select_programs
+from sglang_sparsespec.speculation.chunked import CHUNK_ELEMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,9 +26,7 @@ LAYOUT_ENTRY_BYTES = 24
 # a captured forward beyond its tensors: nodes, parameters, rounding of small blocks. Assumed, not measured; SGLang
 # reserves 8 MB for a size of its piecewise graphs. The log shows after capture what graphs really took
 GRAPH_BYTES = 2 << 20
-# an acceptance makes distributions for some requests at a time: probabilities, at most so many or one request's, and
-# bytes for each: the probability, what it is computed from, and the sort of a filter (30)
-ACCEPT_ELEMENTS = 1 << 24
+# bytes that an acceptance holds for each probability of a chunk: itself, what it is computed from, a filter's sort (30)
 ACCEPT_ELEMENT_BYTES = 38
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
@@ -265,7 +264,7 @@ def _select_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
 def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
     """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them."""
     request = rounds.width * model.vocab_size
-    elements = min(rounds.max_reqs * request, max(ACCEPT_ELEMENTS, request))
+    elements = min(rounds.max_reqs * request, max(CHUNK_ELEMENTS, request))
     return 4 * rounds.max_reqs * request + ACCEPT_ELEMENT_BYTES * elements
 
 
