@@ -120,7 +120,6 @@ class SparseSpecWorker(BaseSpecWorker):
             device=self.device,
         )
         self._num_ranks = ps.tp_size
-        self._ranks = Ranks(get_tp_group())
         self._offload_metrics = None
         if self.config.host_memory_gb > 0:
             self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
@@ -435,6 +434,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def init_attention_backends(self) -> None:
         runner = self._model_runner
+        self._ranks = Ranks(get_tp_group())
         model = runner.model_config
         # no request is longer than the pool
         max_len = min(model.context_len, self.token_to_kv_pool_allocator.size)
