@@ -119,6 +119,14 @@ def without_gpu_communicators(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **{**kwargs, "use_pynccl": False, "use_custom_allreduce": False})
 
 
+def keep_heads_that_ranks_can_copy(original: Any, model_config: Any, load_config: Any, tp_size: int) -> Any:
+    """The model's own heads, where every rank can have whole ones."""
+    num_heads, num_kv_heads = model_config.num_attention_heads, model_config.get_total_num_kv_heads()
+    if num_heads % tp_size == 0 and num_kv_heads < tp_size and tp_size % num_kv_heads == 0:
+        return model_config
+    return original(model_config, load_config, tp_size)
+
+
 def _positions(starts: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Ragged aranges [start, start + count), one after another."""
     total = int(counts.sum())
@@ -208,5 +216,15 @@ PATCHES = (
         scope="cpu",
         kind="around",
         replacement=without_gpu_communicators,
+    ),
+    Patch(
+        target="sglang.srt.model_executor.model_runner.adjust_config_with_unaligned_cpu_tp",
+        why="With fewer KV heads than ranks a CPU pads them, for the weight loader of SGLang's CPU engine; ours fails.",
+        how="Leaves the heads as they are, so that ranks hold copies of them as they do on GPUs.",
+        upstream=f"Not reported yet: {_NO_CPU_ENGINE}.",
+        remove_when="`--device cpu --tp-size 2` loads a model with one KV head without SGLang's CPU engine.",
+        scope="cpu",
+        kind="around",
+        replacement=keep_heads_that_ranks_can_copy,
     ),
 )

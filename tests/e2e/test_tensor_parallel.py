@@ -34,7 +34,7 @@ SERVERS = {
 }
 # a head for each rank; one head, of which each rank has a copy and half of the queries
 KV_HEADS = {"backend-page16-layer": 2, "fused-page1-head": 1}
-START_S = 600
+START_S = 900
 
 
 @pytest.fixture(scope="module", params=SERVERS)
