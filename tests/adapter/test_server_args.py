@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import functools
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +34,6 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule": "lockstep",
     "host_memory_gb": 0.25,
 }
-# what the defaults resolve to where there is no GPU
-ON_A_CPU = functools.partial(SparseSpecConfig, verify_attention="backend")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def test_prepare_server_args_builds_ours(tiny_qwen3_path: Any) -> None:
     command = ["--model-path", str(tiny_qwen3_path), "--device", "cpu", "--speculative-algorithm", "SPARSESPEC"]
     args = prepare_server_args([*command, "--sparsespec-budget-ratio", "0.25", "--sparsespec-granularity", "4"])
     assert isinstance(args, SparseSpecServerArgs)
-    assert args.sparsespec_config == ON_A_CPU(budget_ratio=0.25, granularity="4")
+    assert args.sparsespec_config == SparseSpecConfig(budget_ratio=0.25, granularity="4")
 
 
 def test_engine_takes_the_options_as_keywords() -> None:
@@ -98,7 +95,7 @@ def test_engine_takes_the_options_as_keywords() -> None:
 def test_defaults_resolve_to_the_default_config(server_args: Callable[..., Any]) -> None:
     """SGLang sizes its KV reserve from these fields; a stale value there would let a verify overrun its pages."""
     args = server_args()
-    assert args.sparsespec_config == ON_A_CPU()
+    assert args.sparsespec_config == SparseSpecConfig()
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (8, 9, 1)
     assert args.max_running_requests == 128
     assert args.attention_backend == "torch_native"
@@ -156,7 +153,7 @@ def test_server_args_travel_with_their_config(server_args: Callable[..., Any], c
     args = server_args(sparsespec_sink=3, speculative_num_steps=5)
     travelled = copier(args)
     assert type(travelled) is type(args)
-    assert travelled.sparsespec_config == args.sparsespec_config == ON_A_CPU(sink=3, num_steps=5)
+    assert travelled.sparsespec_config == args.sparsespec_config == SparseSpecConfig(sink=3, num_steps=5)
     assert travelled.speculative_num_draft_tokens == 6
 
 
@@ -214,6 +211,7 @@ def test_verify_attention_is_chosen_by_device_and_policy(device: str, selection:
     """A GPU server would run its rounds eagerly, or one with another rule of capture would not start."""
     from sglang_sparsespec.adapter.server_args import choose_verify_attention
 
-    assert choose_verify_attention(SparseSpecConfig(selection=selection), device).verify_attention == expected
+    asked = SparseSpecConfig(selection=selection, verify_attention="auto")
+    assert choose_verify_attention(asked, device).verify_attention == expected
     given = SparseSpecConfig(selection=selection, verify_attention="backend")
     assert choose_verify_attention(given, device) == given
