@@ -245,8 +245,9 @@ class SparseSpecAttnBackend:
             step = max(1, SCORE_BYTES // max(1, 4 * layer.tp_k_head_num * plan.max_len))
             with self.timer.layer():
                 for first in range(0, num_reqs, step):
-                    part = slice(first, first + step)
-                    self._refresh(layer, plan.part(part), self._capture_scores(queries[part], layer, plan.part(part)))
+                    requests = slice(first, first + step)
+                    part = plan.part(requests)
+                    self._refresh(layer, part, self._capture_scores(queries[requests], layer, part))
         return out
 
     def forward_decode(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
+from sglang_sparsespec.ops._launch import num_multiprocessors
 from sglang_sparsespec.selection import SelectionPolicy
 from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from sglang.srt.configs.model_config import ModelConfig
 
     from sglang_sparsespec.config import SparseSpecConfig
@@ -72,5 +72,5 @@ def round_shape(
         shares_heads=shares_heads,
         samples_drafts=config.draft_sampling == "sampled",
         logits_bytes=logits_dtype.itemsize,
-        num_sms=torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1,
+        num_sms=num_multiprocessors(device),
     )

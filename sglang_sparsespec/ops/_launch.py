@@ -6,6 +6,8 @@ can test that. Invariant: nothing here reads a device value.
 
 from __future__ import annotations
 
+import torch
+
 # programs per multiprocessor that a launch aims at; arbitrary, measure before changing
 WAVES = 4
 MAX_SPLITS = 32
@@ -13,6 +15,11 @@ MAX_SPLITS = 32
 MAX_BLOCK_ROWS = 64
 # scratch that all programs of a selection may hold together
 SELECT_SCRATCH_BYTES = 64 << 20
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """1 where there are none: on a CPU, and under the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:

@@ -14,11 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_sparsespec.speculation.acceptance import Acceptance, accept_rows
-from sglang_sparsespec.speculation.distribution import sample
+from sglang_sparsespec.speculation.distribution import chunks, sample
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch import Tensor
 
     from sglang_sparsespec.speculation.distribution import SamplingRule
@@ -39,7 +37,7 @@ def draw(logits: Tensor, rule: SamplingRule, coins: Tensor) -> tuple[Tensor, Ten
         [num_reqs] int64 and [num_reqs] float32.
     """
     tokens, probs = [], []
-    for reqs in _chunks(logits.shape[0], logits.shape[1]):
+    for reqs in chunks(logits.shape[0], logits.shape[1], CHUNK_ELEMENTS):
         q = rule.of(reqs).probs(logits[reqs])
         tokens.append(sample(q, coins[reqs]))
         probs.append(q.gather(1, tokens[-1].unsqueeze(1)).squeeze(1))
@@ -69,7 +67,7 @@ def accept(
     """
     _, num_positions, vocab_size = target_logits.shape
     parts = []
-    for reqs in _chunks(draft_tokens.shape[0], num_positions * vocab_size):
+    for reqs in chunks(draft_tokens.shape[0], num_positions * vocab_size, CHUNK_ELEMENTS):
         chunk_rule = rule.of(reqs)
         parts.append(
             accept_rows(
@@ -88,9 +86,3 @@ def _q_rows(draft_logits: Tensor, rule: SamplingRule, steps: Tensor) -> Tensor:
     """q of one step of each request, [num_reqs, vocab_size] float32."""
     reqs = torch.arange(steps.shape[0], device=steps.device)
     return rule.probs(draft_logits[reqs, steps])
-
-
-def _chunks(num_reqs: int, elements_per_req: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // elements_per_req)
-    for start in range(0, num_reqs, step):
-        yield slice(start, start + step)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -69,7 +69,7 @@ def target_probs(
     # the division widens what is narrower: float32 logits are never made
     probs = torch.softmax(logits / temperatures, dim=-1, dtype=torch.float32)
     if need_top_k or need_top_p or need_min_p:
-        for rows in _chunks(probs):
+        for rows in chunks(probs.shape[0], probs.shape[1], _CHUNK_ELEMENTS):
             _filter(
                 probs[rows],
                 top_ks=top_ks[rows] if need_top_k else None,
@@ -104,13 +104,7 @@ class SamplingRule:
 
     def of(self, reqs: slice) -> SamplingRule:
         """The rule of some of the requests."""
-        return dataclasses.replace(
-            self,
-            temperatures=self.temperatures[reqs],
-            top_ks=self.top_ks[reqs],
-            top_ps=self.top_ps[reqs],
-            min_ps=self.min_ps[reqs],
-        )
+        return self._each(lambda values: values[reqs])
 
     def probs(self, logits: Tensor) -> Tensor:
         """The distributions that the requests sample from.
@@ -126,21 +120,18 @@ class SamplingRule:
         def per_row(values: Tensor) -> Tensor:
             return values.unsqueeze(1).expand(-1, num_positions, *values.shape[1:]).flatten(0, 1)
 
-        probs = target_probs(
-            logits.flatten(0, -2),
-            temperatures=per_row(self.temperatures),
-            top_ks=per_row(self.top_ks),
-            top_ps=per_row(self.top_ps),
-            min_ps=per_row(self.min_ps),
-            need_top_k=self.need_top_k,
-            need_top_p=self.need_top_p,
-            need_min_p=self.need_min_p,
-            filter_order=self.filter_order,
-            ties=self.ties,
-            max_top_k=self.max_top_k,
-            has_greedy=self.has_greedy,
+        # the fields are its arguments
+        return target_probs(logits.flatten(0, -2), **vars(self._each(per_row))).view(logits.shape)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> SamplingRule:
+        """The same with every tensor changed."""
+        return dataclasses.replace(
+            self,
+            temperatures=change(self.temperatures),
+            top_ks=change(self.top_ks),
+            top_ps=change(self.top_ps),
+            min_ps=change(self.min_ps),
         )
-        return probs.view(logits.shape)
 
 
 def sample(probs: Tensor, coins: Tensor) -> Tensor:
@@ -183,9 +174,9 @@ def sample(probs: Tensor, coins: Tensor) -> Tensor:
     return (block * _BLOCK + offset).squeeze(1)
 
 
-def _chunks(probs: Tensor) -> Iterator[slice]:
-    num_rows, vocab_size = probs.shape
-    step = max(1, _CHUNK_ELEMENTS // vocab_size)
+def chunks(num_rows: int, row_elements: int, max_elements: int) -> Iterator[slice]:
+    """As many rows at a time as have `max_elements` together, at least one."""
+    step = max(1, max_elements // row_elements)
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.ops._launch import num_select_programs
+from sglang_sparsespec.ops._launch import num_multiprocessors, num_select_programs
 
 # keys of a block, highest first: sinks in (2e38, 3e38], recent in [1e38, 2e38), scored within +-3e37; as in torch_impl
 SINK_KEY = tl.constexpr(3.0e38)
@@ -165,12 +165,13 @@ def select_positions_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch; scores in any form that `select_positions` takes. `block`, a power of two, is for tests."""
     num_reqs, num_heads = kv_lens.shape[0], scores.shape[-2]
-    num_layers = scores.shape[0] if scores.dim() == 4 or score_starts is not None else 1
+    has_layers = scores.dim() == 4 or score_starts is not None
+    num_layers = scores.shape[0] if has_layers else 1
     num_lists = 1 if share_heads else num_heads
     num_rows = num_layers * num_reqs * num_lists
     positions = torch.empty((num_layers, num_reqs, num_lists, max_budget), dtype=torch.int32, device=scores.device)
     num_selected = torch.empty(num_reqs, dtype=torch.int32, device=scores.device)
-    shape = positions.shape if scores.dim() == 4 or score_starts is not None else positions.shape[1:]
+    shape = positions.shape if has_layers else positions.shape[1:]
     if score_starts is None:
         # a request's columns begin at its own row
         scores = scores.contiguous()
@@ -182,9 +183,7 @@ def select_positions_triton(
     assert max_len is not None
     if num_rows == 0:
         return positions.view(shape), num_selected.zero_()
-    # the interpreter has no multiprocessors
-    num_sms = torch.cuda.get_device_properties(scores.device).multi_processor_count if scores.is_cuda else 1
-    num_programs = num_select_programs(num_rows, max_len, num_sms)
+    num_programs = num_select_programs(num_rows, max_len, num_multiprocessors(scores.device))
     scratch = torch.empty((num_programs, 2, max_len), dtype=torch.float32, device=scores.device)
     _select_kernel[(num_programs,)](
         scores,
