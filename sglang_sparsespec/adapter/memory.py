@@ -56,7 +56,7 @@ def round_shape(
         max_reqs: most requests of a round.
         batch_sizes: that are captured.
         shares_heads: whether the KV heads of a layer share a selection.
-        logits_dtype: of the logits buffer and of kept draft distributions.
+        logits_dtype: of logits, which drafts keep theirs of.
         device: that it all lies on.
     """
     stores = isinstance(policy, SelectionPolicy)

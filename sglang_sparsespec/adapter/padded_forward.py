@@ -21,6 +21,8 @@ _WARM_UPS = 2
 class PaddedForward:
     """A function of a batch size whose inputs stand at fixed addresses, replayed from a CUDA graph where one was taken.
 
+    Logits of a replay stand where they are until the next replay of any forward that was captured.
+
     Args:
         name: for the log.
         body: batch size -> logits [batch size * width, vocab_size]; the same work for the same batch size.
@@ -46,6 +48,9 @@ class PaddedForward:
 
     def capture(self) -> None:
         """Take a graph of every batch size, the largest first, so that the smaller ones fit into its memory."""
+        if not self._batch_sizes:
+            return
+        from sglang.srt.compilation.weak_ref_tensor import weak_ref_tensor
         from sglang.srt.distributed.device_communicators.pynccl_allocator import set_graph_pool_id
         from sglang.srt.distributed.parallel_state import get_tp_group, graph_capture
         from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mode
@@ -64,7 +69,9 @@ class PaddedForward:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=context.stream):
                     logits = self._body(batch_size)
-                self._graphs[batch_size] = (graph, logits)
+                # the memory stays the pool's, and the next graph may write there: logits are read before it runs
+                self._graphs[batch_size] = (graph, weak_ref_tensor(logits))
+                del logits
         torch.cuda.synchronize()
         self.memory_gb = (free_before - torch.cuda.mem_get_info()[0]) / 2**30
         self.capture_s = time.perf_counter() - began

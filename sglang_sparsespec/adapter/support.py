@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.config import SparseSpecConfig
 
 MAX_HOST_MEMORY_SHARE = 0.8
-CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton")
+CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
 _WITHOUT = "start without --speculative-algorithm SPARSESPEC"
 

@@ -293,15 +293,11 @@ class SparseSpecWorker(BaseSpecWorker):
             spec_algorithm=self._model_runner.spec_algorithm,
             spec_info=spec_info,
             capture_hidden_mode=CaptureHiddenMode.NULL,
-            next_token_logits_buffer=self._logits_buffer(input_ids.shape[0]),
+            next_token_logits_buffer=self._narrow_logits,
         )
         with forward_context(ForwardContext(attn_backend=self._backend)):
             output = self._model_runner.model.forward(input_ids, positions, forward_batch)
         return output.next_token_logits
-
-    def _logits_buffer(self, num_rows: int) -> torch.Tensor | None:
-        """Where a forward puts its logits; of too few rows, it only says in which dtype they are wanted."""
-        return None if self._logits is None else self._logits[:num_rows]
 
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
         """One dense pass over the current token and the drafts; every layer refreshes its selection on the way.
@@ -361,7 +357,7 @@ class SparseSpecWorker(BaseSpecWorker):
             capture_hidden_mode=CaptureHiddenMode.NULL,
             return_hidden_states_before_norm=False,
         )
-        forward_batch.next_token_logits_buffer = self._logits_buffer(chain.numel())
+        forward_batch.next_token_logits_buffer = self._narrow_logits
         return self._target_worker.forward_batch_generation(
             batch=None, forward_batch=forward_batch, is_verify=True
         ).logits_output
@@ -488,11 +484,12 @@ class SparseSpecWorker(BaseSpecWorker):
             tail=self.config.draft_tail,
             device=self.device,
         )
-        self._logits: torch.Tensor | None = None
+        # holds nothing: it asks SGLang's head for logits as they are (patches/logits.py)
+        self._narrow_logits: torch.Tensor | None = None
         if self.device != "cpu":
-            # shared by all graphs: logits of a step are read before the next one runs
-            shape = (max(batch_sizes, default=0) * self.config.num_draft_tokens, runner.model_config.vocab_size)
-            self._logits = torch.zeros(shape, dtype=self._logits_dtype, device=self.device)
+            self._narrow_logits = torch.empty(
+                (0, runner.model_config.vocab_size), dtype=self._logits_dtype, device=self.device
+            )
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         self._verify_forward = PaddedForward("verify", self._verify_body, batch_sizes)
@@ -575,7 +572,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def init_cuda_graphs(self) -> None:
         """Capture a draft step, and the verify where it is our own; on a CPU there is nothing to capture."""
-        if self._logits is None or self._logits.shape[0] == 0:
+        if self.device == "cpu":
             return
         self._draft_step.capture()
         if self._backend.fused is not None:

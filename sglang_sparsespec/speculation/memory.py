@@ -69,7 +69,7 @@ class RoundShape(NamedTuple):
     shares_heads: bool
     samples_drafts: bool
     logits_bytes: int
-    """Of an element of the logits buffer and of kept draft distributions."""
+    """Of an element of logits, which drafts keep theirs of."""
     num_sms: int
     """Multiprocessors of the device."""
 
@@ -89,12 +89,10 @@ class MemoryPlan:
     """Static inputs of drafts and verifies, above all the slots that drafts read."""
     scores: int
     """Scores of a fused verify until a selection is made; grows with the pool up to a bound."""
-    logits: int
-    """The buffer that captured forwards leave their logits in."""
     drafts: int
     """Draft distributions, kept until acceptance."""
     forward: int
-    """Activations, the head's product, split results and scratch of captured forwards, which keep theirs for good."""
+    """Activations, logits, split results and scratch of captured forwards, which keep theirs for good."""
     graphs: int
     """The graphs themselves."""
     moments: int
@@ -136,8 +134,8 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
     num_lists = 1 if rounds.shares_heads else model.num_kv_heads
     captured_reqs = max(rounds.batch_sizes, default=0)
     distributions = num_reqs * rounds.num_steps * model.vocab_size * rounds.logits_bytes
-    # of all requests at once, beyond the captured sizes and in warm-ups; the host hands out float32 logits
-    eager = _forward_bytes(model, rounds, num_reqs, num_tokens) + 4 * num_reqs * width * model.vocab_size
+    # of all requests at once, beyond the captured sizes and in warm-ups
+    eager = _forward_bytes(model, rounds, num_reqs, num_tokens)
     capture = _capture_bytes(model, rounds)
     if not rounds.is_fused:
         eager += capture
@@ -147,7 +145,6 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         # slots; rows, tokens, position and slot of a step; positions, slots and chain of a round; lengths
         round=num_reqs * (4 * model.num_layers * num_lists * (budget + rounds.tail) + 8 * (4 + 3 * width) + 4 * 3),
         scores=_score_bytes(model, rounds, num_tokens),
-        logits=_logits_bytes(model, rounds, captured_reqs),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
         # a draft and a verify of each size
@@ -199,7 +196,7 @@ def _remedies(plan: MemoryPlan) -> str:
     """Options that make the plan smaller, the one that weighs most first."""
     options = {
         "--max-running-requests": plan.selection + plan.round + plan.drafts + plan.moments,
-        "--cuda-graph-max-bs-decode": plan.logits + plan.forward + plan.graphs,
+        "--cuda-graph-max-bs-decode": plan.captured,
     }
     first, second = sorted(options, key=lambda option: -options[option])
     return f"{first}, {second} or --speculative-num-steps"
@@ -213,12 +210,8 @@ def _score_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:
     return min(model.num_layers * layer, max(SCORE_BYTES, layer))
 
 
-def _logits_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
-    return num_reqs * rounds.width * model.vocab_size * rounds.logits_bytes
-
-
 def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tokens: int) -> int:
-    """A verify of `num_reqs` requests, logits buffer apart; a draft step of as many needs less, and follows it."""
+    """A verify of `num_reqs` requests; a draft step of as many needs less, and shares it."""
     if num_reqs == 0:
         return 0
     num_rows = num_reqs * rounds.width
@@ -230,7 +223,8 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     kernels = _split_bytes(model, rounds, num_reqs)
     if rounds.is_fused and rounds.needs_scores:
         kernels += _plane_bytes(model, rounds, num_tokens) + _select_bytes(model, rounds, num_reqs)
-    return num_rows * (activations + head) * model.dtype_bytes + kernels
+    widened = model.vocab_size * rounds.logits_bytes if rounds.logits_bytes > model.dtype_bytes else 0
+    return num_rows * ((activations + head) * model.dtype_bytes + widened) + kernels
 
 
 def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:

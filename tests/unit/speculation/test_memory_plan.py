@@ -120,12 +120,12 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     """Options that spare memory must give it to the pool."""
     full = plan_memory(QWEN3_8B, rounds(128), 370_000)
     eager = plan_memory(QWEN3_8B, rounds(128, is_fused=False, batch_sizes=()), 370_000)
-    assert (eager.scores, eager.logits, eager.forward, eager.graphs) == (0, 0, 0, 0)
+    assert (eager.scores, eager.forward, eager.graphs) == (0, 0, 0)
     assert eager.moments >= full.moments
     assert plan_memory(QWEN3_8B, rounds(128, samples_drafts=False), 370_000).drafts == 0
     assert plan_memory(QWEN3_8B, rounds(128, needs_scores=False), 370_000).scores == 0
     fewer = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4]), 370_000)
-    assert fewer.logits == 4 * 9 * 151936 * 2
+    assert 4 * 9 * 151936 * 2 < fewer.forward < full.forward / 4
     assert fewer.graphs == 2 * 4 * memory.GRAPH_BYTES
 
 
@@ -155,7 +155,7 @@ def test_pool_and_plan_fit_together(pool_gib: int, activation_gib: int, num_q_he
     assert left + plan.from_pool(activation_gib * GIB) >= 0.99 * pool_gib * GIB
 
 
-@pytest.mark.parametrize(("pool_gib", "num_tokens"), [(0.1, 0), (1.5, 1500)])
+@pytest.mark.parametrize(("pool_gib", "num_tokens"), [(0.1, 0), (1.3, 2000)])
 def test_a_plan_that_leaves_too_small_a_pool_is_refused(pool_gib: float, num_tokens: int) -> None:
     """A server that starts with a pool of nothing fails at its first request, and says something else."""
     with pytest.raises(ConfigError) as caught:
@@ -188,6 +188,6 @@ def test_the_line_names_every_term() -> None:
     names = [field.name for field in dataclasses.fields(MemoryPlan)]
     plan = MemoryPlan(**{name: (i + 1) * GIB for i, name in enumerate(names)})
     assert plan.describe() == (
-        "28.00 GiB beside the KV pool: selection 1.000, round 2.000, scores 3.000, logits 4.000, drafts 5.000, "
-        "forward (reserved) 6.000, graphs (reserved) 7.000; 8.00 GiB at moments"
+        "21.00 GiB beside the KV pool: selection 1.000, round 2.000, scores 3.000, drafts 4.000, "
+        "forward (reserved) 5.000, graphs (reserved) 6.000; 7.00 GiB at moments"
     )
