@@ -4,10 +4,11 @@
     python scripts/bench/parity.py --model PATH --attention-backend triton --tolerance 0.2   # GPU, bf16
     python scripts/bench/parity.py --model PATH --tp-size 2 --tolerance 0.2                  # two cards
 
-Starts the reference, records its output with the gap between its two best tokens, stops it, starts SPARSESPEC, and
-compares up to each request's first divergence. Every prompt runs alone (a sample) and batched, with a cold and a warm
-radix cache. Options that are not its own go to both servers as they are. Writes one JSON document; exits 1 when a
-request diverges where the reference was sure.
+Starts the reference, records its output with its best tokens, stops it, starts SPARSESPEC, and compares up to each
+request's first divergence. Every prompt runs alone (a sample) and batched, with a cold and a warm radix cache. With
+`--control N` the reference is compared with itself as well, batched by N: what rounding alone does. Options that are
+not its own go to both servers as they are. Writes one JSON document; exits 1 when a request diverges where the
+reference was sure.
 """
 
 from __future__ import annotations
@@ -43,20 +44,28 @@ def run(server: Server, prompts: list[list[int]], new_tokens: int, concurrency: 
         return list(pool.map(one, prompts))
 
 
+COLD = "batched, cold cache"
+
+
 def passes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
     """Name -> (prompts, concurrency). The second batched pass finds every prompt in the radix cache."""
     batched = (args.prompts, args.concurrency)
     warm = {} if args.cold_only else {"batched, warm cache": batched}
-    return {"batched, cold cache": batched, **warm, "alone": (args.alone, 1)}
+    return {COLD: batched, **warm, "alone": (args.alone, 1)}
 
 
-def record_all(model: str, server_args: list[str], prompts: list[list[int]], args: argparse.Namespace) -> Any:
+def record_all(
+    model: str, server_args: list[str], prompts: list[list[int]], args: argparse.Namespace, control: int | None
+) -> Any:
     outputs, seconds = {}, {}
     with Server(model, *server_args, timeout_s=600, request_timeout_s=3600) as server:
         run(server, prompts[:2], 4, 2, record=True)  # kernels compile on first use
         server.flush_cache()
-        for name, (count, concurrency) in passes(args).items():
-            if name == "alone":
+        todo = passes(args)
+        if control is not None:
+            todo[f"control, by {control}, cold cache"] = (args.prompts, control)
+        for name, (count, concurrency) in todo.items():
+            if name != "batched, warm cache":
                 server.flush_cache()
             started = time.monotonic()
             outputs[name] = run(server, prompts[:count], args.new_tokens, concurrency, record=True)
@@ -65,8 +74,7 @@ def record_all(model: str, server_args: list[str], prompts: list[list[int]], arg
     return outputs, seconds
 
 
-def summary(report: ParityReport, outputs: list[Any]) -> dict[str, Any]:
-    lengths = [output["meta_info"]["spec_accept_length"] for output in outputs]
+def summary(report: ParityReport) -> dict[str, Any]:
     divergences = [request for request in report.requests if request.verdict is not Verdict.IDENTICAL]
     return {
         "requests": len(report.requests),
@@ -75,6 +83,12 @@ def summary(report: ParityReport, outputs: list[Any]) -> dict[str, Any]:
         "diverged": len(report.with_verdict(Verdict.DIVERGED)),
         "equal_tokens": report.num_compared,
         "gaps_at_divergence": sorted(round(r.gap, 6) for r in divergences if r.gap is not None),
+    }
+
+
+def accept_lengths(outputs: list[Any]) -> dict[str, float]:
+    lengths = [output["meta_info"]["spec_accept_length"] for output in outputs]
+    return {
         "accept_length_mean": round(sum(lengths) / len(lengths), 3),
         "accept_length_min": round(min(lengths), 3),
     }
@@ -106,6 +120,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=3000, help="longest prompt, tokens")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument("--control", type=int, metavar="N", help="compare the reference with itself, batched by N")
     parser.add_argument("--dtype")
     parser.add_argument("--attention-backend")
     parser.add_argument(
@@ -138,21 +153,29 @@ def main() -> None:
     spec_args = [*common, "--speculative-algorithm", "SPARSESPEC", *args.spec_arg]
     with ThreadPoolExecutor(2 if args.together else 1) as pool:
         runs = list(
-            pool.map(lambda server_args: record_all(args.model, server_args, prompts, args), (common, spec_args))
+            pool.map(
+                lambda server_args, control: record_all(args.model, server_args, prompts, args, control),
+                (common, spec_args),
+                (args.control, None),
+            )
         )
     (reference, reference_seconds), (outputs, seconds) = runs
 
     document: dict[str, Any] = {"name": args.name, **provenance(), "server_args": spec_args, "passes": {}}
     ok = True
-    for name in reference:
-        report = compare_greedy(reference[name], outputs[name], tol=args.tolerance)
-        ok &= report.ok
-        document["passes"][name] = {
-            **summary(report, outputs[name]),
-            "max_logprob_difference": max_logprob_difference(reference[name], outputs[name]),
-            "seconds_reference": reference_seconds[name],
-            "seconds_sparsespec": seconds[name],
-        }
+    for name, recorded in reference.items():
+        is_control = name not in outputs
+        report = compare_greedy(
+            reference[COLD] if is_control else recorded, outputs.get(name, recorded), tol=args.tolerance
+        )
+        document["passes"][name] = {**summary(report), "seconds_reference": reference_seconds[name]}
+        if not is_control:
+            ok &= report.ok
+            document["passes"][name] |= {
+                **accept_lengths(outputs[name]),
+                "max_logprob_difference": max_logprob_difference(recorded, outputs[name]),
+                "seconds_sparsespec": seconds[name],
+            }
         print(f"{args.name}, {name}: {report}")
         print(json.dumps(document["passes"][name]))
     if args.output:

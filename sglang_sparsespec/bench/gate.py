@@ -43,9 +43,7 @@ def answers(server: Server, prompts: Sequence[Sequence[int]]) -> list[Any]:
 
     def one(ids: Sequence[int]) -> Any:
         sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        response = server.generate(
-            {"input_ids": list(ids), "sampling_params": sampling, **RECORDING, "top_logprobs_num": 8}
-        )
+        response = server.generate({"input_ids": list(ids), "sampling_params": sampling, **RECORDING})
         return {
             "output_ids": response["output_ids"],
             "meta_info": {"output_top_logprobs": response["meta_info"]["output_top_logprobs"]},

@@ -1,8 +1,8 @@
 """Is the output of one server, at temperature 0, that of another?
 
 The reference is recorded with `return_logprob` and `top_logprobs_num`, so that a difference can be judged: where the
-other server's token is within float error of the reference's best, both are right. Two recorded tokens suffice in
-float32; in bfloat16 three or more logits tie now and then.
+other server's token is within float error of the reference's best, both are right. In bfloat16 three or more logits
+tie now and then, so more than two are recorded.
 Pure functions on recorded responses.
 Invariant: tokens behind a request's first divergence are not compared; they answer another prefix.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-RECORDING = {"return_logprob": True, "top_logprobs_num": 2}
+RECORDING = {"return_logprob": True, "top_logprobs_num": 8}
 """Options that a /generate payload needs for its response to serve as a reference."""
 
 
