@@ -52,11 +52,10 @@ class SparseSpecConfig:
     draft_sampling: str = "sampled"
     """`sampled`: drafts at the request's temperature, chain rejection with the stored draft distribution.
     `greedy`: the draft's argmax, target-only rule. Both leave the output distribution exact."""
-    verify_attention: str = "backend"
+    verify_attention: str = "auto"
     """`backend`: the user's attention backend verifies, and scores are captured beside it.
     `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs.
-    `auto`: fused on a GPU where the policy can, else backend; a server resolves it at start. Not the default until
-    output from graphs has been compared with plain SGLang's on a GPU."""
+    `auto`: fused on a GPU where the policy can, else backend; a server resolves it at start."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together."""
     host_memory_gb: float = 0.0

@@ -36,6 +36,11 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
+def on_cpu(**options: Any) -> SparseSpecConfig:
+    """As a CPU server resolves them: `auto` is not kept."""
+    return SparseSpecConfig(**{"verify_attention": "backend", **options})
+
+
 @pytest.fixture(scope="module")
 def parser(_registered: None) -> argparse.ArgumentParser:
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
@@ -79,7 +84,7 @@ def test_prepare_server_args_builds_ours(tiny_qwen3_path: Any) -> None:
     command = ["--model-path", str(tiny_qwen3_path), "--device", "cpu", "--speculative-algorithm", "SPARSESPEC"]
     args = prepare_server_args([*command, "--sparsespec-budget-ratio", "0.25", "--sparsespec-granularity", "4"])
     assert isinstance(args, SparseSpecServerArgs)
-    assert args.sparsespec_config == SparseSpecConfig(budget_ratio=0.25, granularity="4")
+    assert args.sparsespec_config == on_cpu(budget_ratio=0.25, granularity="4")
 
 
 def test_engine_takes_the_options_as_keywords() -> None:
@@ -95,7 +100,7 @@ def test_engine_takes_the_options_as_keywords() -> None:
 def test_defaults_resolve_to_the_default_config(server_args: Callable[..., Any]) -> None:
     """SGLang sizes its KV reserve from these fields; a stale value there would let a verify overrun its pages."""
     args = server_args()
-    assert args.sparsespec_config == SparseSpecConfig()
+    assert args.sparsespec_config == on_cpu()
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (8, 9, 1)
     assert args.max_running_requests == 128
     assert args.attention_backend == "torch_native"
@@ -153,7 +158,7 @@ def test_server_args_travel_with_their_config(server_args: Callable[..., Any], c
     args = server_args(sparsespec_sink=3, speculative_num_steps=5)
     travelled = copier(args)
     assert type(travelled) is type(args)
-    assert travelled.sparsespec_config == args.sparsespec_config == SparseSpecConfig(sink=3, num_steps=5)
+    assert travelled.sparsespec_config == args.sparsespec_config == on_cpu(sink=3, num_steps=5)
     assert travelled.speculative_num_draft_tokens == 6
 
 
