@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--out", type=Path, help="folder of results (default: bench-results/SET)")
     found.add_argument("--dry-run", action="store_true", help="list cells, skips and predicted minutes; start nothing")
     found.add_argument("--report", action="store_true", help="page and plots from what is on file; start nothing")
+    found.add_argument(
+        "--profile", action="store_true", help="trace some rounds of each SPARSESPEC server on a GPU, large batches"
+    )
     found.add_argument("--max-minutes", type=float, help="stop in time and exit with 3; call again to go on")
     found.add_argument("--repeats", type=int, default=2, help="turns per cell (default: 2)")
     found.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
@@ -102,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
         records=read_records(path),
         provenance=facts,
         context=context,
+        profile=args.profile,
         max_s=None if args.max_minutes is None else 60 * args.max_minutes,
     )
     if args.dry_run:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_sparsespec.bench.cells import Skip
 from sglang_sparsespec.bench.model_check import ModelCheck, check_all
 from sglang_sparsespec.bench.summary import Row, current, rows
+from sglang_sparsespec.bench.trace import NUM_ROUNDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,7 +59,7 @@ def markdown(records: Sequence[Record], more_skips: Iterable[Skip] = (), plots: 
         lines += [f"**The machine was not quiet**: up to {busiest:.1f} processes per core wanted to run.", ""]
     lines += [*_gates(kept), "", *_tables(found)]
     checks, notes = check_all(found, kept[-1]["provenance"])
-    lines += [*_model(checks, notes), *_failures(kept)]
+    lines += [*_model(checks, notes), *_traces(kept), *_failures(kept)]
     skips = [Skip(record["what"], record["reason"]) for record in kept if record["record"] == "skip"]
     text = "\n".join(lines) + _skips([*skips, *more_skips])
     if plots:
@@ -178,6 +179,23 @@ def _model(checks: Sequence[ModelCheck], notes: Sequence[str]) -> list[str]:
         lines.append("")
     lines += [f"* {note}" for note in dict.fromkeys(notes)]
     return [*lines, ""] if notes else lines
+
+
+def _traces(records: Sequence[Record]) -> list[str]:
+    found = [record for record in records if record["record"] == "trace"]
+    if not found:
+        return []
+    lines = ["## Rounds under the profiler", "", "GPU activity only; all kernels are in the records.", ""]
+    lines += ["| target | contender | scene | rounds | ms | GPU idle | waits of the host | what took most, ms |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for record in found:
+        waits = ", ".join(f"{name} {calls} x" for name, (calls, _) in record["waits_ms"].items()) or "none"
+        most = ", ".join(f"{name} {spent:.1f}" for name, _, spent in record["kernels"][:4])
+        lines.append(
+            f"| {record['target']} | {record['contender']} | {scene_title(record['scene'])} | {NUM_ROUNDS} | "
+            f"{record['span_ms']:.1f} | {100 * record['idle_share']:.2f}% | {waits} | {most} |"
+        )
+    return [*lines, ""]
 
 
 def _failures(records: Sequence[Record]) -> list[str]:

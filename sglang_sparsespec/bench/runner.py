@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sglang_sparsespec.bench import gate
+from sglang_sparsespec.bench import gate, trace
 from sglang_sparsespec.bench.cells import digest
 from sglang_sparsespec.bench.measure import PromptSource, measure, warm_up
 from sglang_sparsespec.bench.planner import (
@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.records import Record
 
 START_TIMEOUT_S = 900
-DONE = ("turn", "gate", "skip")
+DONE = ("turn", "gate", "trace", "skip")
 """Kinds of records that are not made again; a failure is."""
 REQUEST_TIMEOUT_S = 7200
+PROFILED_BATCH = 64
+"""Requests of a scene that is traced, at least."""
 
 
 class OutOfTimeError(Exception):
@@ -55,6 +57,7 @@ class Runner:
     Args:
         records: what is on file already.
         context: what decides numbers besides the cells themselves: machine, versions, commit.
+        profile: trace rounds of each SPARSESPEC server that is started, where there is a GPU.
         max_s: stop before a step that would probably end later than this; the first step is always taken.
     """
 
@@ -68,6 +71,7 @@ class Runner:
         records: list[Record],
         provenance: dict[str, Any],
         context: dict[str, Any],
+        profile: bool = False,
         max_s: float | None = None,
     ) -> None:
         self._set_name = set_name
@@ -75,6 +79,7 @@ class Runner:
         self._out = out
         self._provenance = provenance
         self._context = context
+        self._profiles = profile and machine.has_gpu
         self._deadline = None if max_s is None else time.monotonic() + max_s
         self._has_begun = False
         self._finished = {record["key"] for record in records if record["record"] in DONE}
@@ -133,6 +138,7 @@ class Runner:
                         self._gate(job, other, server, source)
                         servers = {baseline.name: reference, other.name: server}
                         self._take(job, servers, source, pair=other.name)
+                        self._profile(job, other, server, source)
         except ServerError as error:
             self._record_failures(job, error, pair=None)
 
@@ -153,6 +159,7 @@ class Runner:
                         self._keep_reference(job, server, source)
                     self._gate(job, contender, server, source)
                     self._take(job, {contender.name: server}, source, repeat=repeat)
+                    self._profile(job, contender, server, source)
 
     def _open_turns(self, job: Job, **wanted: Any) -> list[Turn]:
         return [
@@ -196,6 +203,34 @@ class Runner:
                 }
             )
             self._bar.update()
+
+    def _profile(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
+        """Trace the first scene of each large batch, greedy and sampled."""
+        if not self._profiles or contender.is_plain:
+            return
+        traced = {(scene.batch, scene.temperature): scene for scene in reversed(job.scenes)}
+        for scene in traced.values():
+            key = digest("trace", job.target.identity, contender, scene, self._context)
+            if scene.batch < PROFILED_BATCH or key in self._finished:
+                continue
+            self._bar.set_postfix_str(f"tracing {contender.name} on {job.target.name}, {scene}")
+            try:
+                path = trace.record(server, source, scene, self._out / "traces")
+            except ServerError as error:
+                tqdm.write(f"failed: {error}")
+                continue
+            self._record(
+                {
+                    "record": "trace",
+                    "key": key,
+                    "target": job.target.name,
+                    "contender": contender.name,
+                    "contender_args": list(contender.args),
+                    "scene": vars(scene),
+                    "file": path.name,
+                    **trace.summarise(path),
+                }
+            )
 
     # servers and time
 

@@ -97,13 +97,21 @@ def gpu_table(machine: Machine, request: Request) -> Plan:
     if request.model is None:
         skips.append(Skip("real model", request.no_model))
     else:
-        lengths = (2048, 4096, 7680)
-        scenes = tuple(Scene(128, n, 256, temperature=t) for n in lengths for t in (GREEDY, SAMPLED))
+        # 768 tokens are about 100 rounds: fewer, and few of them are seen while all requests run
+        lengths = (2048, 4096, 7168)
+        scenes = tuple(Scene(128, n, 768, temperature=t) for n in lengths for t in (GREEDY, SAMPLED))
         jobs.append(_job(request, request.model, _pair(machine, request), scenes))
     for target in request.shapes:
         if target.name == "qwen3-14b":
             continue
-        scenes = (growing(target.name), *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch)))
+        half = FILL_TOKENS[target.name] // 2
+        scenes = (
+            growing(target.name, prompt_tokens=half // 128),
+            *fills(target.name, 128, parts=(1,), temperature=SAMPLED),
+            *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch, parts=(1,))),
+            Scene(128, half // 4 // 128, 256),
+            *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch, parts=(4,))),
+        )
         best = [c for c in who.plain(machine)[0] if c.name in ("plain/fa3",)]
         members = _pair(machine, request)
         jobs.append(_job(request, target, (members[0], *best, *members[1:]), scenes))
@@ -176,10 +184,18 @@ def growing(shape: str, prompt_tokens: int = 512, batch: int = 128) -> Scene:
     return Scene(batch, prompt_tokens, new_tokens, num_slices=8)
 
 
-def fills(shape: str, batch: int, new_tokens: int = 256, longest: int = 32_768) -> tuple[Scene, ...]:
-    """A quarter, a half and all of FILL_TOKENS, as far as contexts of `longest` tokens fill the pool."""
-    lengths = [min(longest, FILL_TOKENS[shape] // part // batch) - new_tokens for part in (4, 2, 1)]
-    return tuple(Scene(batch, length, new_tokens) for length in dict.fromkeys(lengths))
+def fills(
+    shape: str,
+    batch: int,
+    new_tokens: int = 256,
+    longest: int = 32_768,
+    *,
+    parts: tuple[int, ...] = (4, 2, 1),
+    temperature: float = GREEDY,
+) -> tuple[Scene, ...]:
+    """FILL_TOKENS over each of `parts`, as far as contexts of `longest` tokens fill the pool."""
+    lengths = [min(longest, FILL_TOKENS[shape] // part // batch) - new_tokens for part in parts]
+    return tuple(Scene(batch, length, new_tokens, temperature=temperature) for length in dict.fromkeys(lengths))
 
 
 def _rivals(

@@ -125,12 +125,19 @@ def _is_client_limited(turn: Record) -> bool:
 
 
 def _ratio(turns: Sequence[Record], baseline: Sequence[Record]) -> float:
-    """By the client's clock; by the scheduler's where either side's client could not keep up and both have it."""
-    both = [*turns, *baseline]
-    name = "tokens_per_s"
-    if any(map(_is_client_limited, both)) and all(turn["result"].get("scheduler_tokens_per_s") for turn in both):
-        name = "scheduler_tokens_per_s"
-    return statistics.median(t["result"][name] for t in turns) / statistics.median(t["result"][name] for t in baseline)
+    """By the client's clock; by the scheduler's where a client could not keep up.
+
+    A contender without a rate of the scheduler's keeps the client's, which then is too low, never too high. Without one
+    of the baseline both keep the client's.
+    """
+    by_scheduler = any(map(_is_client_limited, [*turns, *baseline]))
+    by_scheduler &= all(turn["result"].get("scheduler_tokens_per_s") for turn in baseline)
+
+    def rate(turn: Record) -> float:
+        result = turn["result"]
+        return float((by_scheduler and result.get("scheduler_tokens_per_s")) or result["tokens_per_s"])
+
+    return statistics.median(map(rate, turns)) / statistics.median(map(rate, baseline))
 
 
 def _over_best_plain(found: list[Row]) -> list[Row]:

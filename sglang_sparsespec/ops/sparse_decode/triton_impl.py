@@ -22,7 +22,7 @@ from sglang_sparsespec.ops._triton import (
 
 
 @triton.jit(do_not_specialize=["num_splits"])
-def _attend_kernel(
+def _sparse_attend_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -165,7 +165,7 @@ def sparse_decode_triton(
     if num_splits > 1:
         part = torch.empty((num_reqs, num_q_heads, num_splits, head_dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((num_reqs, num_q_heads, num_splits), dtype=torch.float32, device=q.device)
-    _attend_kernel[(num_kv_heads, num_reqs, num_splits)](
+    _sparse_attend_kernel[(num_kv_heads, num_reqs, num_splits)](
         q,
         k_cache,
         v_cache,

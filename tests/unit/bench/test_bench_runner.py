@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sglang_sparsespec.bench import gate, runner
+from sglang_sparsespec.bench import gate, runner, trace
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target
 from sglang_sparsespec.bench.planner import num_starts
 from sglang_sparsespec.bench.records import read_records
@@ -225,6 +225,25 @@ def test_a_batch_that_was_never_full_is_a_failure(world: World, job: Job, h100: 
     world.error = NoSteadyStateError("never 2 requests decoded at the same time")
     assert not make(job, h100, tmp_path).run()
     assert kinds(tmp_path).count("failure") == 8
+
+
+def test_rounds_are_traced_once(
+    world: World, job: Job, h100: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One trace a batch of 64 or more, of ours alone, and none again in a run that goes on."""
+    traced = []
+
+    def record(server: FakeServer, source: Any, scene: Scene, folder: Path) -> Path:
+        traced.append((server.name, scene))
+        return folder / "x.trace.json.gz"
+
+    monkeypatch.setattr(trace, "record", record)
+    monkeypatch.setattr(trace, "summarise", lambda path: {"idle_share": 0.01})
+    scenes = (Scene(2, 64, 8), Scene(64, 64, 8), Scene(64, 128, 8))
+    for _ in range(2):
+        make(dataclasses.replace(job, scenes=scenes), h100, tmp_path, profile=True).run()
+    assert traced == [("ours", scenes[1])]
+    assert kinds(tmp_path).count("trace") == 1
 
 
 @pytest.mark.parametrize(

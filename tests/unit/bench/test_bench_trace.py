@@ -1,4 +1,4 @@
-"""scripts/bench/trace.py on a trace made by hand."""
+"""The reader of profiler traces on one made by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import gzip
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "trace.py"
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MODULE = "sglang_sparsespec.bench.trace"
 
 
 def work(cat: str, name: str, start: float, dur: float) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def test_reports_gaps_waits_and_kernels(tmp_path: Path) -> None:
     path = tmp_path / "run.trace.json.gz"
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": events}, file)
-    report = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, check=True).stdout
+    report = subprocess.run([sys.executable, "-m", MODULE, path], capture_output=True, text=True, check=True).stdout
     assert "span 0.20 ms, idle 0.05 ms (25.00 %)" in report
     assert "50.0 us  after at::native::copy, before Memcpy DtoH" in report
     assert "1      2.00 ms  cudaStreamSynchronize" in report
