@@ -4,7 +4,9 @@
     python scripts/bench/ops.py --device cpu --no-gate        # the same code on small sizes, to see that it runs
 
 Every line is one layer's work. `share` is (bytes that have to be moved / time) over the bandwidth of a large copy in
-the same run. Bytes: of selected K and V for a draft step, of all K and V for a verify, of scores for a selection.
+the same run. Bytes: of selected K and V for a draft step, of all K and V for a verify, of scores for a selection, of
+logits for sampling, each row once per pass over it. For the sampling group `batch` is rows and `tokens` the vocabulary,
+and the shape has no part in it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 
 from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.ops.paged_attention import paged_attention
+from sglang_sparsespec.ops.row_stats import row_stats
+from sglang_sparsespec.ops.sample_rows import sample_rows
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.select_positions import select_positions
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
@@ -270,6 +274,35 @@ def selection_cases(shape: Shape, batch: int, length: int, device: str) -> Itera
         )
 
 
+def sampling_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    """`batch` rows of `length` logits, in bfloat16; a ninth of them, with as many drafts, stop at a rejected one."""
+    logits = (torch.randn(batch, 1, length, device=device) * 3).bfloat16()
+    temperatures = torch.full((batch,), 0.6, device=device)
+    coins = torch.rand(batch, device=device, dtype=torch.float64)
+    stats = row_stats(logits, temperatures)
+    yield {"op": "row_stats"}, lambda: row_stats(logits, temperatures), 2 * logits.numel()
+    yield {"op": "sample_rows"}, lambda: sample_rows(logits, stats, temperatures, coins), 2 * logits.numel()
+
+    num_reqs = batch // NUM_DRAFT_TOKENS
+    if num_reqs == 0:
+        return
+    rows = logits[: num_reqs * NUM_DRAFT_TOKENS, 0].view(num_reqs, NUM_DRAFT_TOKENS, length)
+    drafts = (rows[:, :-1] + torch.randn_like(rows[:, :-1])).contiguous()
+    temperatures, coins = temperatures[:num_reqs], coins[:num_reqs]
+    steps = torch.arange(num_reqs, device=device) % (NUM_DRAFT_TOKENS - 1)
+    options: dict[str, Any] = {
+        "steps": steps,
+        "draft_logits": drafts,
+        "draft_stats": row_stats(drafts, temperatures, steps=steps),
+    }
+    row_stats_of = row_stats(rows, temperatures)
+    yield (
+        {"op": "sample_rows, residual", "requests": num_reqs},
+        lambda: sample_rows(rows, row_stats_of, temperatures, coins, **options),
+        2 * 2 * num_reqs * length,
+    )
+
+
 def copy_gb_s(device: str) -> float:
     """Bytes read and written by a large copy, per second."""
     source = torch.empty((4 << 30) if device == "cuda" else (64 << 20), dtype=torch.int8, device=device)
@@ -277,13 +310,15 @@ def copy_gb_s(device: str) -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), device, 10) / 1e6
 
 
-GROUPS = {"draft": draft_cases, "verify": verify_cases, "selection": selection_cases}
+GROUPS = {"draft": draft_cases, "verify": verify_cases, "selection": selection_cases, "sampling": sampling_cases}
 SIZES = {
     "draft": [(128, 4096), (128, 8192), (128, 16384), (32, 8192), (8, 8192), (1, 8192)],
     "verify": [(32, 4096), (128, 4096), (64, 8192), (32, 32768), (128, 16384), (8, 8192)],
     "selection": [(128, 3072), (64, 8192), (24, 16384)],
+    # a draft step, and a verify, at batch 128
+    "sampling": [(128, 151936), (1152, 151936)],
 }
-SMALL_SIZES = {"draft": [(2, 256)], "verify": [(2, 256)], "selection": [(2, 256)]}
+SMALL_SIZES = {"draft": [(2, 256)], "verify": [(2, 256)], "selection": [(2, 256)], "sampling": [(18, 1000)]}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import random
 from typing import TYPE_CHECKING
 
 import torch
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from sglang.srt.speculative import spec_utils
 
 from sglang_sparsespec.speculation import chunked
@@ -73,13 +74,15 @@ class RoundSampler:
     def rule(self, batch: ScheduleBatch) -> SamplingRule:
         """How the requests of a batch sample; nothing is read from the device."""
         info = batch.sampling_info
-        max_top_k = max(req.sampling_params.top_k for req in batch.reqs)
+        top_ks = [req.sampling_params.top_k for req in batch.reqs]
+        max_top_k = max(top_ks)
         return SamplingRule(
             temperatures=info.temperatures,
             top_ks=info.top_ks,
             top_ps=info.top_ps,
             min_ps=info.min_ps,
-            need_top_k=info.need_top_k_sampling,
+            # to the host a greedy request has a top-k of 1; to us its row is one-hot, with no filter
+            need_top_k=info.need_top_k_sampling and any(1 < top_k < TOP_K_ALL for top_k in top_ks),
             need_top_p=info.need_top_p_sampling,
             need_min_p=info.need_min_p_sampling,
             filter_order="sequential" if self._flashinfer and info.need_min_p_sampling else "joint",

@@ -1,4 +1,4 @@
-"""Kernels on tensors, one folder per op: attention over chosen KV, attention over paged KV, its scores, top-k.
+"""Kernels on tensors, one folder per op: attention over chosen or paged KV, its scores, top-k, sampling from logits.
 
 Each folder holds the public function (contract, checks, dispatch), ``reference.py`` (ground truth), ``torch_impl.py``
 and, where it pays, ``triton_impl.py``. Nothing here knows of SGLang, rounds or policies: tensors in, tensors out.

@@ -58,3 +58,15 @@ def merge_splits(part_ptr, lse_ptr, row, step, o_d, D: tl.constexpr, NUM_SPLITS:
     # an empty share was never written
     b_part = tl.load(part_ptr + o_row[:, None] * D + o_d[None, :], mask=m_used[:, None] & (o_d < D)[None, :], other=0.0)
     return tl.sum(b_part * b_weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+
+
+@triton.jit
+def exp_mass(logit, top, scale):
+    """exp((logit - top) / T) with scale = log2(e) / T; the difference first, which is exact where it matters."""
+    return tl.exp2((logit - top) * scale)
+
+
+@triton.jit
+def clamped_step(steps_ptr, i_r, width):
+    """The row of request i_r among `width` that its step asks for: the last one from there on, int64."""
+    return tl.minimum(tl.maximum(tl.load(steps_ptr + i_r).to(tl.int64), 0), width - 1)

@@ -39,7 +39,7 @@ def accept_greedy(draft_tokens: Tensor, target_tokens: Tensor) -> Acceptance:
     """
     num_steps = draft_tokens.shape[1]
     num_correct = _leading(draft_tokens == target_tokens[:, :num_steps])
-    return _assemble(draft_tokens, num_correct, target_tokens.gather(1, num_correct.unsqueeze(1)).squeeze(1))
+    return assemble(draft_tokens, num_correct, target_tokens.gather(1, num_correct.unsqueeze(1)).squeeze(1))
 
 
 def accept_chain(
@@ -94,13 +94,13 @@ def accept_rows(
     num_correct = count_correct(p_drafts, q_drafts, coins)
     p_stop = target_probs[torch.arange(num_reqs, device=drafts.device), num_correct]
     if num_steps == 0:
-        return _assemble(drafts, num_correct, sample(p_stop, final_coins))
+        return assemble(drafts, num_correct, sample(p_stop, final_coins))
     rejected = num_correct.clamp(max=num_steps - 1)
     if q_rows is None:
         q_stop = torch.zeros_like(p_stop).scatter_(1, drafts.gather(1, rejected.unsqueeze(1)), 1.0)
     else:
         q_stop = q_rows(rejected)
-    return _assemble(drafts, num_correct, sample_bonus(p_stop, q_stop, num_correct < num_steps, final_coins))
+    return assemble(drafts, num_correct, sample_bonus(p_stop, q_stop, num_correct < num_steps, final_coins))
 
 
 def count_correct(p_drafts: Tensor, q_drafts: Tensor | None, coins: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def accept_simulated(draft_tokens: Tensor, bonus_tokens: Tensor, num_correct_dra
         num_correct_drafts: [num_reqs], integer; clamped to 0 .. num_steps.
     """
     num_correct = num_correct_drafts.to(torch.int64).clamp(min=0, max=draft_tokens.shape[1])
-    return _assemble(draft_tokens, num_correct, bonus_tokens)
+    return assemble(draft_tokens, num_correct, bonus_tokens)
 
 
 def _leading(passed: Tensor) -> Tensor:
@@ -151,7 +151,14 @@ def _leading(passed: Tensor) -> Tensor:
     return passed.to(torch.int64).cumprod(dim=1).sum(dim=1)
 
 
-def _assemble(draft_tokens: Tensor, num_correct: Tensor, bonus_tokens: Tensor) -> Acceptance:
+def assemble(draft_tokens: Tensor, num_correct: Tensor, bonus_tokens: Tensor) -> Acceptance:
+    """The outcome where the first drafts stand and a token follows them.
+
+    Args:
+        draft_tokens: [num_reqs, num_steps], integer.
+        num_correct: [num_reqs], int64, in 0 .. num_steps.
+        bonus_tokens: [num_reqs], integer.
+    """
     bonus = bonus_tokens.to(torch.int64)
     columns = torch.arange(draft_tokens.shape[1] + 1, device=draft_tokens.device)
     drafts = torch.nn.functional.pad(draft_tokens.to(torch.int64), (0, 1))

@@ -102,6 +102,11 @@ class SamplingRule:
     max_top_k: int | None = None
     has_greedy: bool = True
 
+    @property
+    def is_filtered(self) -> bool:
+        """Whether any request drops tokens; one-hot rows of greedy requests apart."""
+        return self.need_top_k or self.need_top_p or self.need_min_p
+
     def of(self, reqs: slice) -> SamplingRule:
         """The rule of some of the requests."""
         return self._each(lambda values: values[reqs])

@@ -256,7 +256,11 @@ def _select_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
 
 
 def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
-    """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them."""
+    """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them.
+
+    That is with top-k, top-p or min-p. Without them a GPU makes no distribution and needs only the logits, but any
+    request may ask for a filter.
+    """
     request = rounds.width * model.vocab_size
     elements = min(rounds.max_reqs * request, max(CHUNK_ELEMENTS, request))
     return 4 * rounds.max_reqs * request + ACCEPT_ELEMENT_BYTES * elements

@@ -56,6 +56,23 @@ def test_the_host_bounds_top_k_where_every_request_has_one(top_k: list[int], bou
     assert sampler_of().rule(batch_of(len(top_k), top_k=top_k)).max_top_k == bound
 
 
+@pytest.mark.parametrize(
+    ("top_k", "is_filtered"), [([TOP_K_ALL, 1], False), ([1, 1], False), ([TOP_K_ALL, 2, 1], True), ([40, 40], True)]
+)
+def test_a_greedy_request_is_no_filter(top_k: list[int], is_filtered: bool) -> None:
+    """One request at temperature 0 would send a sampled batch through a sort of every vocabulary row."""
+    batch = batch_of(len(top_k), top_k=top_k)
+    assert batch.sampling_info.need_top_k_sampling
+    rule = sampler_of().rule(batch)
+    assert rule.is_filtered == is_filtered
+    logits = torch.randn(len(top_k), VOCAB)
+    probs = rule.probs(logits)
+    for row, k in enumerate(top_k):
+        assert (probs[row] > 0).sum() == min(k, VOCAB)
+    if 1 in top_k:
+        assert probs[top_k.index(1)].argmax() == logits[top_k.index(1)].argmax()
+
+
 @pytest.mark.parametrize(("draft_sampling", "top_k"), [("sampled", 1), ("greedy", TOP_K_ALL)])
 @pytest.mark.parametrize("is_biased", [False, True])
 def test_argmax_drafts_keep_nothing(draft_sampling: str, top_k: int, is_biased: bool) -> None:

@@ -14,8 +14,10 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -38,6 +40,9 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = TYPES[value.dtype]
+            elif isinstance(value, int) and value == 1 and not parameter.do_not_specialize:
+                # as the runtime does, which makes a constant of it
+                signature[parameter.name], constants[parameter.name] = "constexpr", value
             else:
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         source = ASTSource(fn=self, signature=signature, constexprs=constants)
@@ -96,3 +101,33 @@ def test_selection_compiles(compiled: list[str], granularity: int, pooling: int,
         share_heads=share_heads,
     )
     assert compiled == ["_select_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab_size", "has_greedy"),
+    [(torch.bfloat16, 151936, True), (torch.float32, 151936, False), (torch.float16, 1, True)],
+)
+def test_sampling_compiles(compiled: list[str], dtype: torch.dtype, vocab_size: int, has_greedy: bool) -> None:
+    """A draw from one row of each request, and an acceptance with drafts that were sampled or chosen."""
+    from sglang_sparsespec.ops.row_stats.triton_impl import row_stats_triton, token_probs_triton
+    from sglang_sparsespec.ops.sample_rows.triton_impl import sample_rows_triton
+
+    temperatures, coins = torch.ones(2), torch.zeros(2, dtype=torch.float64)
+    is_greedy = torch.tensor([False, True]) if has_greedy else None
+    steps, tokens = torch.tensor([0, 3]), torch.zeros(2, 3, dtype=torch.int32)
+    for width, num_drafts in ((1, 0), (4, 3)):
+        logits = torch.zeros(2, width, vocab_size, dtype=dtype)
+        stats = row_stats_triton(logits, temperatures, None)
+        if num_drafts == 0:
+            sample_rows_triton(logits, stats, temperatures, coins, is_greedy=is_greedy)
+            continue
+        token_probs_triton(logits, stats, temperatures, tokens, is_greedy)
+        drafts = logits[:, :num_drafts]
+        kept = {"draft_logits": drafts, "draft_stats": row_stats_triton(drafts, temperatures, steps)}
+        for options in (kept, {"draft_tokens": tokens}):
+            sample_rows_triton(logits, stats, temperatures, coins, steps=steps, is_greedy=is_greedy, **options)
+    assert compiled == [
+        *["_tile_kernel", "_merge_kernel", "_mass_kernel", "_pick_kernel"],
+        *["_tile_kernel", "_merge_kernel", "_token_kernel", "_tile_kernel", "_merge_kernel"],
+        *["_mass_kernel", "_pick_kernel"] * 2,
+    ]
