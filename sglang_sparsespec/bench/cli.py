@@ -7,6 +7,7 @@ again to go on).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -68,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--repeats", type=int, default=2, help="turns per cell (default: 2)")
     found.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
     found.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="scenes with this in their name (--dry-run); repeat"
+    )
+    found.add_argument(
         "--accept-length",
         action="append",
         default=[],
@@ -91,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     machine = detect("cpu" if args.set == "smoke" else args.device, args.tp_size)
     request = build_request(args, machine, out)
     check(args.set, request)
-    plan = SETS[args.set](machine, request)
+    plan = only(SETS[args.set](machine, request), args.only)
     path = out / "results.jsonl"
     if args.report:
         return _report(path, out)
@@ -168,6 +172,23 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
         new_tokens=args.new_tokens,
         requests=args.requests,
     )
+
+
+def only(plan: Plan, texts: Sequence[str]) -> Plan:
+    """The scenes whose name contains one of `texts`; all of them where there is none.
+
+    Raises:
+        ConfigError: if a text is in no scene's name.
+    """
+    names = {f"{job.target.name}: {scene}": (job, scene) for job in plan.jobs for scene in job.scenes}
+    for text in texts:
+        if plan.jobs and not any(text in name for name in names):
+            raise ConfigError("--only", text, f"part of one of: {'; '.join(names)}", "Look at --dry-run.")
+    if not texts:
+        return plan
+    kept = [value for name, value in names.items() if any(text in name for text in texts)]
+    jobs = [dataclasses.replace(job, scenes=tuple(scene for of, scene in kept if of is job)) for job in plan.jobs]
+    return Plan(tuple(job for job in jobs if job.scenes), plan.skips)
 
 
 def accept_lengths(given: Sequence[str]) -> dict[str, float]:

@@ -40,6 +40,19 @@ def test_dry_run_lists_cells_skips_and_minutes(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "results.jsonl").exists()
 
 
+def test_some_scenes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lent card may have time for a part of a set; a name with a typo must not pass for "nothing to do"."""
+    argv = ["smoke", "--dry-run", "--out", str(tmp_path), "--only", "batch 8, 1024+"]
+    assert cli.main([*argv, "--only", "T=0.65"]) == cli.FINISHED
+    text = capsys.readouterr().out
+    assert "2 scenes" in text
+    assert "batch 2," not in text
+    assert cli.main([*argv, "--only", "batch 9,"]) == cli.REFUSED
+    error = capsys.readouterr().err
+    assert "--only is 'batch 9,'" in error
+    assert "tiny-qwen3: batch 8, 1024+" in error
+
+
 def test_ranks_are_part_of_the_plan(tiny_qwen3_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--tp-size 2` is one command for both sides of the ratio; a model that does not split is named, not tried."""
     argv = ["--device", "cpu", "--dry-run", "--out", str(tmp_path)]
