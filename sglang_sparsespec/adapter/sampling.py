@@ -14,7 +14,7 @@ from sglang.srt.speculative import spec_utils
 
 from sglang_sparsespec.speculation import chunked
 from sglang_sparsespec.speculation.acceptance import Acceptance, accept_greedy, accept_simulated
-from sglang_sparsespec.speculation.distribution import SamplingRule
+from sglang_sparsespec.speculation.distribution import MAX_TOP_K, SamplingRule
 
 if TYPE_CHECKING:
     from sglang.srt.constrained.base_grammar_backend import GrammarMask
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
-
-
-# Requests that filter ask for tens; past this bound a top-k is not known to beat a sort.
-_MAX_TOP_K = 1024
 
 
 class Drafts:
@@ -88,7 +84,7 @@ class RoundSampler:
             filter_order="sequential" if self._flashinfer and info.need_min_p_sampling else "joint",
             # FlashInfer keeps every tie at a boundary, the host's torch sampler the lowest ids
             ties="all" if self._flashinfer else "first",
-            max_top_k=max_top_k if max_top_k <= _MAX_TOP_K else None,
+            max_top_k=max_top_k if max_top_k <= MAX_TOP_K else None,
             has_greedy=info.is_any_greedy,
         )
 

@@ -33,6 +33,8 @@ class RowStats(NamedTuple):
     """float32, its logit."""
     mass: torch.Tensor
     """float32, the sum over the row of ``exp((l - top) / T)``; at least 1."""
+    floor: torch.Tensor | None = None
+    """float32, the lowest logit that counts: those below have probability 0 and no part in `mass`. None: all count."""
 
 
 def check_rows(name: str, logits: torch.Tensor, num_reqs: int | None = None) -> None:
@@ -66,10 +68,11 @@ def check_of_requests(
 
 def check_stats(name: str, stats: RowStats, expected: tuple[int, ...], device: torch.device) -> None:
     """As `row_stats` returned them, for as many rows."""
-    for field, dtype in zip(RowStats._fields, (torch.int64, torch.float32, torch.float32), strict=True):
-        values = getattr(stats, field)
+    for field, values in stats._asdict().items():
+        if field == "floor" and values is None:
+            continue
         check_shape(f"{name}.{field}", values, expected)
-        check_dtype(f"{name}.{field}", values, (dtype,))
+        check_dtype(f"{name}.{field}", values, (torch.int64 if field == "best" else torch.float32,))
         check_device(f"{name}.{field}", values, device)
         if not values.is_contiguous():
             raise ValueError(f"{name}.{field}: expected a contiguous tensor, as row_stats returns it.")

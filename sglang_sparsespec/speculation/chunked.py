@@ -1,10 +1,10 @@
 """Drawing drafts and accepting them from logits: by kernels, or a few requests at a time.
 
-On a GPU and without top-k, top-p and min-p no distribution is made at all (`unfiltered.py`). Otherwise one over the
-vocabulary takes 4 bytes per token of it, and acceptance looks at one probability per draft and at two rows per request.
-So distributions are made for a chunk of requests, used and dropped. What is kept of a draft is its logits, from which q
-is computed again where it was rejected. Invariant: neither the way nor the size of a chunk changes anything (on a GPU,
-nothing beyond the rounding of a float32 sum).
+On a GPU no distribution is made at all (`from_logits.py`), unless filters need a sort. Otherwise one over the
+vocabulary takes 4 bytes per token of it, and acceptance looks at one probability per draft and at two rows per
+request. So distributions are made for a chunk of requests, used and dropped. What is kept of a draft is its logits,
+from which q is computed again where it was rejected. Invariant: neither the way nor the size of a chunk changes
+anything (on a GPU, nothing beyond the rounding of a float32 sum).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_sparsespec.speculation import unfiltered
+from sglang_sparsespec.speculation import from_logits
 from sglang_sparsespec.speculation.acceptance import Acceptance, accept_rows
 from sglang_sparsespec.speculation.distribution import chunks, sample
 
@@ -39,7 +39,7 @@ def draw(logits: Tensor, rule: SamplingRule, coins: Tensor) -> tuple[Tensor, Ten
         [num_reqs] int64 and [num_reqs] float32.
     """
     if _takes_kernels(logits, rule):
-        return unfiltered.draw(logits, rule, coins)
+        return from_logits.draw(logits, rule, coins)
     tokens, probs = [], []
     for reqs in chunks(logits.shape[0], logits.shape[1], CHUNK_ELEMENTS):
         q = rule.of(reqs).probs(logits[reqs])
@@ -70,7 +70,7 @@ def accept(
         draft_logits: [num_reqs, num_steps, vocab_size], floating: what `draw` was given, in that dtype.
     """
     if _takes_kernels(target_logits, rule):
-        return unfiltered.accept(draft_tokens, target_logits, rule, coins, final_coins, draft_probs, draft_logits)
+        return from_logits.accept(draft_tokens, target_logits, rule, coins, final_coins, draft_probs, draft_logits)
     _, num_positions, vocab_size = target_logits.shape
     parts = []
     for reqs in chunks(draft_tokens.shape[0], num_positions * vocab_size, CHUNK_ELEMENTS):
@@ -90,7 +90,7 @@ def accept(
 
 def _takes_kernels(logits: Tensor, rule: SamplingRule) -> bool:
     """Whether probabilities follow from logits one by one, on a device where that pays."""
-    return logits.is_cuda and not rule.is_filtered
+    return logits.is_cuda and (not rule.is_filtered or rule.has_floors)
 
 
 def _q_rows(draft_logits: Tensor, rule: SamplingRule, steps: Tensor) -> Tensor:

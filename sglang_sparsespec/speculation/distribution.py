@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # Rows are filtered in chunks: a sort needs about 30 bytes per element. 2**24 elements are 110 rows of a 152K
 # vocabulary, and enough to fill a GPU.
 _CHUNK_ELEMENTS = 1 << 24
+# Requests that filter ask for tens; past this bound a top-k is not known to beat a sort.
+MAX_TOP_K = 1024
 # tokens per block of the two-level search in `sample`; about sqrt(152K), rounded up to a power of two
 _BLOCK = 512
 
@@ -106,6 +108,11 @@ class SamplingRule:
     def is_filtered(self) -> bool:
         """Whether any request drops tokens; one-hot rows of greedy requests apart."""
         return self.need_top_k or self.need_top_p or self.need_min_p
+
+    @property
+    def has_floors(self) -> bool:
+        """Whether what the filters keep of a row is all logits from some value on, found among its best few."""
+        return self.need_top_k and self.max_top_k is not None and self.ties == "all"
 
     def of(self, reqs: slice) -> SamplingRule:
         """The rule of some of the requests."""
@@ -220,18 +227,12 @@ def _keep_top(
         ranked = probs.topk(max(1, max_top_k), dim=-1).values
     else:
         ranked = probs.sort(dim=-1, descending=True).values
-    kept = torch.ones_like(ranked, dtype=torch.bool)
-    if top_ks is not None:
-        kept = torch.arange(ranked.shape[1], device=probs.device) < top_ks.unsqueeze(1)
-    if top_ps is not None:
-        if sequential:
-            ranked_mass = ranked * kept
-            ranked_mass /= ranked_mass.sum(dim=-1, keepdim=True)
-        else:
-            ranked_mass = ranked
-        kept &= ranked_mass.cumsum(dim=-1) - ranked_mass <= top_ps.unsqueeze(1)
-    # ranks are kept from the top down to the first one dropped, and the first rank always
-    num_kept = kept.to(torch.int32).cumprod(dim=-1).sum(dim=-1, keepdim=True).clamp(min=1)
+    num_kept = num_ranks_kept(
+        ranked,
+        None if top_ks is None else top_ks.unsqueeze(1),
+        None if top_ps is None else top_ps.unsqueeze(1),
+        sequential=sequential,
+    )
     last_kept = ranked.gather(1, num_kept - 1)
     if keep_ties:
         return probs >= last_kept
@@ -239,6 +240,30 @@ def _keep_top(
     tied = probs == last_kept
     tie_rank = tied.cumsum(dim=-1, dtype=torch.int32)  # 1 for the first of the tied
     return (probs > last_kept) | (tied & (tie_rank <= num_kept - num_above))
+
+
+def num_ranks_kept(ranked: Tensor, top_ks: Tensor | None, top_ps: Tensor | None, *, sequential: bool) -> Tensor:
+    """How many of the highest probabilities top-k and top-p keep, ties at the last apart.
+
+    Args:
+        ranked: [..., num_ranks], float32, descending.
+        top_ks, top_ps: [..., 1], or None for a filter that is not needed.
+        sequential: as in `target_probs`.
+
+    Returns:
+        [..., 1], int64, at least 1.
+    """
+    kept = torch.ones_like(ranked, dtype=torch.bool)
+    if top_ks is not None:
+        kept = kept & (torch.arange(ranked.shape[-1], device=ranked.device) < top_ks)
+    if top_ps is not None:
+        ranked_mass = ranked
+        if sequential:
+            ranked_mass = ranked * kept
+            ranked_mass /= ranked_mass.sum(dim=-1, keepdim=True)
+        kept &= ranked_mass.cumsum(dim=-1) - ranked_mass <= top_ps
+    # ranks are kept from the top down to the first one dropped, and the first rank always
+    return kept.to(torch.int32).cumprod(dim=-1).sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 def _make_greedy_rows_one_hot(probs: Tensor, logits: Tensor, is_greedy: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.ops._launch import MAX_SPLITS, WAVES, num_row_tiles, num_select_programs
 from sglang_sparsespec.speculation.chunked import CHUNK_ELEMENTS
+from sglang_sparsespec.speculation.distribution import MAX_TOP_K
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,8 @@ LAYOUT_ENTRY_BYTES = 24
 GRAPH_BYTES = 2 << 20
 # bytes that an acceptance holds for each probability of a chunk: itself, what it is computed from, a filter's sort (30)
 ACCEPT_ELEMENT_BYTES = 38
+# and for each rank of a row where filters become floors: logit, index, probability, mass, cumulative mass, masks
+RANK_BYTES = 40
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
 ACTIVATION_SHARE = 0.5
@@ -258,12 +261,14 @@ def _select_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
 def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
     """Distributions of some requests, beside all logits in float32 as penalties, grammars and logit bias need them.
 
-    That is with top-k, top-p or min-p. Without them a GPU makes no distribution and needs only the logits, but any
-    request may ask for a filter.
+    That is where filters need a sort. Where they become floors it is the best few of each row and a copy of one row
+    per request. Without filters a GPU needs only the logits; but any request may ask for either.
     """
     request = rounds.width * model.vocab_size
     elements = min(rounds.max_reqs * request, max(CHUNK_ELEMENTS, request))
-    return 4 * rounds.max_reqs * request + ACCEPT_ELEMENT_BYTES * elements
+    num_ranks = min(MAX_TOP_K, model.vocab_size)
+    floors = rounds.max_reqs * (4 * model.vocab_size + RANK_BYTES * rounds.width * num_ranks)
+    return 4 * rounds.max_reqs * request + max(ACCEPT_ELEMENT_BYTES * elements, floors)
 
 
 def _layout_bytes(model: ModelShape, rounds: RoundShape) -> int:

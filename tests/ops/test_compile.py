@@ -117,13 +117,15 @@ def test_sampling_compiles(compiled: list[str], dtype: torch.dtype, vocab_size: 
     steps, tokens = torch.tensor([0, 3]), torch.zeros(2, 3, dtype=torch.int32)
     for width, num_drafts in ((1, 0), (4, 3)):
         logits = torch.zeros(2, width, vocab_size, dtype=dtype)
-        stats = row_stats_triton(logits, temperatures, None)
+        floors = torch.zeros(2, width) if dtype == torch.bfloat16 else None
+        stats = row_stats_triton(logits, temperatures, None, floors)
         if num_drafts == 0:
             sample_rows_triton(logits, stats, temperatures, coins, is_greedy=is_greedy)
             continue
         token_probs_triton(logits, stats, temperatures, tokens, is_greedy)
         drafts = logits[:, :num_drafts]
-        kept = {"draft_logits": drafts, "draft_stats": row_stats_triton(drafts, temperatures, steps)}
+        q_floors = None if floors is None else floors[:, 0].contiguous()
+        kept = {"draft_logits": drafts, "draft_stats": row_stats_triton(drafts, temperatures, steps, q_floors)}
         for options in (kept, {"draft_tokens": tokens}):
             sample_rows_triton(logits, stats, temperatures, coins, steps=steps, is_greedy=is_greedy, **options)
     assert compiled == [

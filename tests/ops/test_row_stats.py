@@ -13,14 +13,18 @@ NUM_REQS, WIDTH = 3, 4
 
 
 def stats_of(
-    backend: str, logits: torch.Tensor, temperatures: torch.Tensor, steps: torch.Tensor | None = None
+    backend: str,
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    steps: torch.Tensor | None = None,
+    floors: torch.Tensor | None = None,
 ) -> RowStats:
     """The public function, or the kernels, with tiles so small that small rows have several."""
     if backend != "triton":
-        return row_stats(logits, temperatures, steps=steps)
+        return row_stats(logits, temperatures, steps=steps, floors=floors)
     from sglang_sparsespec.ops.row_stats.triton_impl import row_stats_triton
 
-    return row_stats_triton(logits, temperatures, steps, block=128 if logits.shape[2] < 4096 else 8192)
+    return row_stats_triton(logits, temperatures, steps, floors, block=128 if logits.shape[2] < 4096 else 8192)
 
 
 def probs_of(backend: str, *args: object) -> torch.Tensor:
@@ -60,7 +64,8 @@ def test_matches_softmax_in_float64(backend: str, device: torch.device, vocab_si
     stats = stats_of(backend, logits, temperatures)
     rows = logits.cpu().double()
     scaled = rows / temperatures.cpu().double()[:, None, None]
-    for actual, wanted in zip(stats, (torch.int64, torch.float32, torch.float32), strict=True):
+    assert stats.floor is None
+    for actual, wanted in zip(stats[:3], (torch.int64, torch.float32, torch.float32), strict=True):
         assert actual.shape == (NUM_REQS, WIDTH)
         assert actual.dtype == wanted
     first = [[row.tolist().index(row.max().item()) for row in req] for req in rows]
@@ -79,7 +84,7 @@ def test_steps_choose_one_row_of_each_request(backend: str, device: torch.device
     every = stats_of(backend, logits, temperatures)
     steps = torch.tensor([2, 0, WIDTH], dtype=dtype, device=device)
     some = stats_of(backend, logits, temperatures, steps)
-    for ours, theirs in zip(some, every, strict=True):
+    for ours, theirs in zip(some[:3], every[:3], strict=True):
         assert ours.tolist() == [theirs[0, 2].item(), theirs[1, 0].item(), theirs[2, WIDTH - 1].item()]
 
 
@@ -88,7 +93,7 @@ def test_no_rows_at_all(backend: str, device: torch.device, num_reqs: int, width
     """A launch over an empty grid fails, and only a server that drains would show it."""
     logits, temperatures = torch.zeros(num_reqs, width, 9, device=device), torch.ones(num_reqs, device=device)
     stats = stats_of(backend, logits, temperatures)
-    assert all(values.shape == (num_reqs, width) for values in stats)
+    assert all(values.shape == (num_reqs, width) for values in stats[:3])
     tokens = torch.zeros(num_reqs, width, dtype=torch.int64, device=device)
     assert probs_of(backend, logits, stats, temperatures, tokens, None).shape == (num_reqs, width)
 
@@ -98,6 +103,30 @@ def test_best_is_a_token_even_of_a_broken_row(backend: str, device: torch.device
     """Without it, a NaN logit upstream would become an illegal address downstream instead of a wrong token."""
     logits = torch.full((1, 1, 130), value, device=device)
     assert 0 <= stats_of(backend, logits, torch.ones(1, device=device)).best.item() < 130
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_below_a_floor_do_not_count(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """A floor of another row, one that drops its own logit, or one that a single probability ignores would pass."""
+    logits, temperatures = hostile_logits(1000, dtype, device), temperatures_on(device)
+    rows = logits.cpu().double()
+    ranks = torch.tensor([[1, 2, 900, 1], [20, 3, 50, 400], [1000, 7, 5, 2]])
+    floors = rows.sort(dim=2, descending=True).values.gather(2, ranks.unsqueeze(2) - 1)
+    kept = rows.masked_fill(rows < floors, -torch.inf)
+    expected = torch.softmax(kept / temperatures.cpu().double()[:, None, None], dim=2)
+    floors = floors.squeeze(2).float().to(device)
+    stats = stats_of(backend, logits, temperatures, floors=floors)
+    assert stats.floor is floors
+    torch.testing.assert_close(1 / stats.mass.cpu().double(), expected.amax(dim=2), rtol=1e-5, atol=0.0)
+    dropped = rows.argmin(dim=2)
+    for tokens in (rows.argmax(dim=2), dropped, torch.full_like(dropped, 400)):
+        wanted = expected.gather(2, tokens.unsqueeze(2)).squeeze(2)
+        actual = probs_of(backend, logits, stats, temperatures, tokens.to(device), None)
+        torch.testing.assert_close(actual.cpu().double(), wanted, rtol=2e-5, atol=1e-37)
+    steps = torch.tensor([2, 0, 3], device=device)
+    of_steps = floors[torch.arange(NUM_REQS, device=device), steps]
+    some = stats_of(backend, logits, temperatures, steps, of_steps)
+    assert some.mass.tolist() == [stats.mass[r, step].item() for r, step in enumerate(steps.tolist())]
 
 
 @pytest.mark.parametrize("vocab_size", [7, 1000])
@@ -145,10 +174,13 @@ def test_rejects_wrong_arguments() -> None:
         row_stats(logits, temperatures, steps=temperatures)
     with pytest.raises(ValueError, match="steps"):
         row_stats(logits[:, :0], temperatures, steps=tokens[:, 0])
+    for floors in (torch.zeros(2), torch.zeros(2, 3).double(), torch.zeros(3, 2).T):
+        with pytest.raises(ValueError, match="floors"):
+            row_stats(logits, temperatures, floors=floors)
     with pytest.raises(ValueError, match="tokens"):
         token_probs(logits, stats, temperatures, torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"stats\.best"):
-        token_probs(logits, RowStats(*(values[:1] for values in stats)), temperatures, tokens)
+        token_probs(logits, RowStats(*(values[:1] for values in stats[:3])), temperatures, tokens)
     with pytest.raises(ValueError, match="is_greedy"):
         token_probs(logits, stats, temperatures, tokens, is_greedy=temperatures)
 

@@ -19,9 +19,12 @@ KINDS = ["none", "logits", "tokens"]
 def draw(backend: str, logits: torch.Tensor, *args: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The public function, or the kernels, with tiles so small that small rows have several; statistics are made."""
     temperatures, _ = args
-    stats = row_stats(logits, temperatures)
+    floors, draft_floors = options.pop("floors", None), options.pop("draft_floors", None)
+    stats = row_stats(logits, temperatures, floors=floors)
     if options.get("draft_logits") is not None:
-        options["draft_stats"] = row_stats(options["draft_logits"], temperatures, steps=options["steps"])
+        options["draft_stats"] = row_stats(
+            options["draft_logits"], temperatures, steps=options["steps"], floors=draft_floors
+        )
     if backend != "triton":
         return sample_rows(logits, stats, *args, **options)
     from sglang_sparsespec.ops.sample_rows.triton_impl import sample_rows_triton
@@ -91,10 +94,10 @@ def test_a_coin_in_the_middle_of_a_token_gives_that_token(
     backend: str, device: torch.device, vocab_size: int, dtype: torch.dtype, kind: str
 ) -> None:
     """Mass of the wrong row, step, draft or temperature, or a boundary off by a token, would shift what is drawn."""
-    num_reqs = 6 if vocab_size > 1000 else 13
+    num_reqs = 4 if vocab_size > 1000 else 9
     problem = Problem(num_reqs, vocab_size, dtype, kind)
     generator = torch.Generator().manual_seed(32)
-    for _ in range(3):
+    for _ in range(2):
         coins, expected, probs = [], [], []
         for r in range(num_reqs):
             p, mass = problem.mass(r)
@@ -158,6 +161,36 @@ def test_equal_distributions_leave_the_target(backend: str, device: torch.device
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["none", "logits"])
+def test_logits_below_a_floor_are_not_drawn(backend: str, device: torch.device, kind: str) -> None:
+    """A floor of another row, or of p where q is meant, would draw what a filter drops, or subtract what it dropped."""
+    problem = Problem(12, 300, torch.bfloat16, kind)
+    options = {"steps": problem.steps, "is_greedy": problem.is_greedy}
+    options["floors"] = problem.logits.float().topk(9, dim=2).values[:, :, -1].contiguous()
+    if kind == "logits":
+        options["draft_logits"] = problem.drafts
+        rows = problem.drafts[torch.arange(12), problem.steps.clamp(max=NUM_DRAFTS - 1)].float()
+        options["draft_floors"] = rows.topk(6, dim=1).values[:, -1].contiguous()
+    on_device = {name: tensor.to(device) for name, tensor in options.items()}
+    floors = options["floors"].unsqueeze(2)
+    problem.logits = problem.logits.float().masked_fill(problem.logits < floors, -torch.inf)
+    if kind == "logits":
+        floors = options["draft_floors"][:, None, None]
+        problem.drafts = problem.drafts.float().masked_fill(problem.drafts < floors, -torch.inf)
+    whole = Problem(12, 300, torch.bfloat16, kind).logits.to(device)
+    for fraction in (0.02, 0.4, 0.97):
+        coins, expected = [], []
+        for r in range(12):
+            _, mass = problem.mass(r)
+            cdf = mass.cumsum(0)
+            token = int((cdf > fraction * cdf[-1]).nonzero()[0])
+            coins.append(float((cdf[token] - mass[token] / 2) / cdf[-1]))
+            expected.append(token)
+        given = torch.tensor(coins, dtype=torch.float64, device=device)
+        tokens, _ = draw(backend, whole, problem.temperatures.to(device), given, **on_device)
+        assert tokens.tolist() == expected
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_row_gives_a_token(backend: str, device: torch.device, value: float, kind: str) -> None:
@@ -191,6 +224,7 @@ def test_rejects_wrong_arguments() -> None:
         ({"draft_logits": drafts, "draft_stats": stats, "steps": steps}, "draft_stats.best"),
         ({"draft_logits": drafts[..., :7], "draft_stats": q_stats, "steps": steps}, "draft_logits"),
         ({"draft_logits": drafts, "draft_stats": q_stats, "draft_tokens": tokens, "steps": steps}, "draft_tokens"),
+        ({"draft_logits": drafts, "draft_stats": q_stats._replace(floor=coins.float()), "steps": steps}, "floor"),
         ({"is_greedy": steps}, "is_greedy"),
     ):
         with pytest.raises(ValueError, match=complaint):

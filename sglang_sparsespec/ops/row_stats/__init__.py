@@ -5,19 +5,22 @@ Knows logits and temperatures, not drafts or filters. Invariant: probabilities o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-from sglang_sparsespec.ops._checks import check_index
+from sglang_sparsespec.ops._checks import check_device, check_dtype, check_index, check_shape
 from sglang_sparsespec.ops._rows import RowStats, check_of_requests, check_rows, check_stats
 from sglang_sparsespec.ops.row_stats.reference import row_stats_reference, token_probs_reference
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["RowStats", "row_stats", "token_probs"]
 
 
-def row_stats(logits: torch.Tensor, temperatures: torch.Tensor, *, steps: torch.Tensor | None = None) -> RowStats:
+def row_stats(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    *,
+    steps: torch.Tensor | None = None,
+    floors: torch.Tensor | None = None,
+) -> RowStats:
     """Argmax and softmax normaliser of rows of logits, read once.
 
     On CUDA nothing waits for the device, sums are float32, and the launches depend on shapes alone.
@@ -27,26 +30,35 @@ def row_stats(logits: torch.Tensor, temperatures: torch.Tensor, *, steps: torch.
             that cannot be sampled.
         temperatures: [R], float32, positive; of all rows of a request.
         steps: [R], int32 or int64: only row ``min(steps[r], W - 1)`` of each request.
+        floors: [R, W], or [R] with `steps`, float32, contiguous: lower logits count as -inf. Must not exceed the
+            highest logit of the row.
 
     Returns:
-        `RowStats`, each [R, W], or [R] with `steps`.
+        `RowStats`, each [R, W], or [R] with `steps`; with the floors given, or without any.
 
     Raises:
         ValueError: on a wrong shape, dtype, device or stride, an empty vocabulary, or `steps` into no rows.
 
-    Not checked: that temperatures are positive, that steps are not negative, and that each row has a finite logit and
-    neither NaN nor +inf. The statistics of a row that breaks the last are not finite, but `best` is a token.
+    Not checked: that temperatures are positive, that steps are not negative, that floors are not too high, and that
+    each row has a finite logit and neither NaN nor +inf. The statistics of a row that breaks the last two need not be
+    finite, but `best` is a token.
     """
     check_rows("logits", logits)
     check_of_requests(logits, temperatures, steps=steps)
     if steps is not None and logits.shape[1] == 0:
         raise ValueError(f"steps: expected None for requests without rows, got {list(logits.shape)} logits.")
+    if floors is not None:
+        check_shape("floors", floors, logits.shape[:2] if steps is None else logits.shape[:1])
+        check_dtype("floors", floors, (torch.float32,))
+        check_device("floors", floors, logits.device)
+        if not floors.is_contiguous():
+            raise ValueError("floors: expected a contiguous tensor; call .contiguous().")
     if logits.is_cuda:
         # imported where it is used: a CPU install may lack Triton
         from sglang_sparsespec.ops.row_stats.triton_impl import row_stats_triton
 
-        return row_stats_triton(logits, temperatures, steps)
-    return row_stats_reference(logits, temperatures, steps)
+        return row_stats_triton(logits, temperatures, steps, floors)
+    return row_stats_reference(logits, temperatures, steps, floors)
 
 
 def token_probs(

@@ -24,6 +24,7 @@ def _tile_kernel(
     logits_ptr,
     temperatures_ptr,
     steps_ptr,
+    floors_ptr,
     best_ptr,
     top_ptr,
     mass_ptr,
@@ -33,6 +34,7 @@ def _tile_kernel(
     width,
     num_tiles,
     HAS_STEPS: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Results are [rows, num_tiles]; rows are (request, row), or requests where HAS_STEPS."""
@@ -48,6 +50,8 @@ def _tile_kernel(
     o_v = i_tile * BLOCK + tl.arange(0, BLOCK)
     p_row = logits_ptr + i_r * stride_r + i_w * stride_w
     b_logit = tl.load(p_row + o_v, mask=o_v < vocab_size, other=float("-inf")).to(tl.float32)
+    if HAS_FLOORS:
+        b_logit = tl.where(b_logit >= tl.load(floors_ptr + program // num_tiles), b_logit, float("-inf"))
     # the lowest index among ties
     top, i_best = tl.max(b_logit, axis=0, return_indices=True)
     # in a tile of -inf alone nothing can be subtracted
@@ -93,6 +97,7 @@ def _token_kernel(
     best_ptr,
     top_ptr,
     mass_ptr,
+    floors_ptr,
     temperatures_ptr,
     tokens_ptr,
     is_greedy_ptr,
@@ -104,6 +109,7 @@ def _token_kernel(
     width,
     num_tokens,
     num_probs,
+    HAS_FLOORS: tl.constexpr,
     HAS_GREEDY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -117,6 +123,8 @@ def _token_kernel(
     b_top = tl.load(top_ptr + o_row, mask=m_prob, other=0.0)
     b_scale = LOG2_E / tl.load(temperatures_ptr + o_r, mask=m_prob, other=1.0)
     b_prob = exp_mass(b_logit, b_top, b_scale) / tl.load(mass_ptr + o_row, mask=m_prob, other=1.0)
+    if HAS_FLOORS:
+        b_prob = tl.where(b_logit >= tl.load(floors_ptr + o_row, mask=m_prob, other=0.0), b_prob, 0.0)
     if HAS_GREEDY:
         b_is_greedy = tl.load(is_greedy_ptr + o_r, mask=m_prob, other=0) != 0
         b_best = tl.load(best_ptr + o_row, mask=m_prob, other=0)
@@ -125,14 +133,20 @@ def _token_kernel(
 
 
 def row_stats_triton(
-    logits: torch.Tensor, temperatures: torch.Tensor, steps: torch.Tensor | None, *, block: int = _BLOCK
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    steps: torch.Tensor | None,
+    floors: torch.Tensor | None = None,
+    *,
+    block: int = _BLOCK,
 ) -> RowStats:
     """Launch; `block`, a power of two, is for tests."""
     num_reqs, width, vocab_size = logits.shape
     rows_per_req = width if steps is None else 1
     num_tiles = triton.cdiv(vocab_size, block)
     shape = (num_reqs, width) if steps is None else (num_reqs,)
-    stats = _empty_stats(shape, torch.int64, logits.device)
+    best, top, mass = _empty_stats(shape, torch.int64, logits.device)
+    stats = RowStats(best, top, mass, floors)
     num_rows = num_reqs * rows_per_req
     if num_rows == 0:
         return stats
@@ -142,6 +156,7 @@ def row_stats_triton(
         logits,
         temperatures,
         temperatures if steps is None else steps.contiguous(),
+        temperatures if floors is None else floors,
         *tiles,
         logits.stride(0),
         logits.stride(1),
@@ -149,13 +164,16 @@ def row_stats_triton(
         width,
         num_tiles,
         HAS_STEPS=steps is not None,
+        HAS_FLOORS=floors is not None,
         BLOCK=block,
         num_warps=4,
     )
     _merge_kernel[(num_rows,)](
         *tiles,
         temperatures,
-        *stats,
+        best,
+        top,
+        mass,
         vocab_size,
         rows_per_req,
         num_tiles,
@@ -165,8 +183,9 @@ def row_stats_triton(
     return stats
 
 
-def _empty_stats(shape: tuple[int, ...], best_dtype: torch.dtype, device: torch.device) -> RowStats:
-    return RowStats(
+def _empty_stats(shape: tuple[int, ...], best_dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """best, top and mass."""
+    return (
         torch.empty(shape, dtype=best_dtype, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
         torch.empty(shape, dtype=torch.float32, device=device),
@@ -186,7 +205,10 @@ def token_probs_triton(
         return probs
     _token_kernel[(triton.cdiv(probs.numel(), _TOKEN_BLOCK),)](
         logits,
-        *stats,
+        stats.best,
+        stats.top,
+        stats.mass,
+        stats.top if stats.floor is None else stats.floor,
         temperatures.contiguous(),
         tokens,
         tokens if is_greedy is None else is_greedy.contiguous(),
@@ -198,6 +220,7 @@ def token_probs_triton(
         logits.shape[1],
         tokens.shape[1],
         probs.numel(),
+        HAS_FLOORS=stats.floor is not None,
         HAS_GREEDY=is_greedy is not None,
         BLOCK=_TOKEN_BLOCK,
         num_warps=4,

@@ -41,7 +41,7 @@ def sample_rows(
 
     Args:
         logits: [R, W, V], float32, float16 or bfloat16; may be strided, the last dimension contiguous; W at least 1.
-        stats: of them, each [R, W], as `row_stats` returned them.
+        stats: of them, each [R, W], as `row_stats` returned them; p is 0 below their floors, if they have any.
         temperatures: [R], float32, positive.
         coins: [R], float64 or float32, in [0, 1).
         steps: [R], int32 or int64, in [0, W); larger ones count as W - 1. None: row 0.
@@ -85,6 +85,8 @@ def sample_rows(
         check_shape("draft_logits", draft_logits, (num_reqs, None, vocab_size))
         check_device("draft_logits", draft_logits, logits.device)
         check_stats("draft_stats", draft_stats, (num_reqs,), logits.device)
+        if (stats.floor is None) != (draft_stats.floor is None):
+            raise ValueError("draft_stats.floor: expected exactly where stats has floors.")
     if draft_tokens is not None:
         check_index("draft_tokens", draft_tokens, (num_reqs, None), logits.device)
     options: dict[str, Any] = {

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from sglang_sparsespec.ops._rows import RowStats
-from sglang_sparsespec.ops.row_stats.reference import rows_at
+from sglang_sparsespec.ops.row_stats.reference import rows_at, stats_at
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.ops._rows import RowStats
 
 
 def sample_rows_reference(
@@ -22,8 +26,7 @@ def sample_rows_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if steps is None:
         steps = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
-    row_stats = RowStats(*(rows_at(values, steps) for values in stats))
-    p = _probs(rows_at(logits, steps), row_stats, temperatures, is_greedy)
+    p = _probs(rows_at(logits, steps), stats_at(stats, steps), temperatures, is_greedy)
     mass = p
     drafts = draft_tokens if draft_logits is None else draft_logits
     if drafts is not None:
@@ -53,6 +56,8 @@ def _probs(
     """[R, V] logits -> [R, V] float32."""
     scaled = (rows.double() - stats.top.unsqueeze(1)) / temperatures.double().unsqueeze(1)
     probs = (scaled.exp() / stats.mass.unsqueeze(1)).float()
+    if stats.floor is not None:
+        probs = probs * (rows >= stats.floor.unsqueeze(1))
     if is_greedy is not None:
         tokens = torch.arange(rows.shape[1], device=rows.device)
         probs = torch.where(is_greedy.unsqueeze(1), (tokens == stats.best.unsqueeze(1)).float(), probs)

@@ -23,10 +23,12 @@ _BLOCK = 2048
 
 
 @triton.jit
-def _row_probs(p_row, o_v, vocab_size, top, mass, scale, best, is_one_hot):
+def _row_probs(p_row, o_v, vocab_size, top, mass, scale, best, p_floor, is_one_hot, HAS_FLOORS: tl.constexpr):
     """[BLOCK] float32, 0 past the vocabulary."""
     m_v = o_v < vocab_size
     b_logit = tl.load(p_row + o_v, mask=m_v, other=float("-inf")).to(tl.float32)
+    if HAS_FLOORS:
+        b_logit = tl.where(b_logit >= tl.load(p_floor), b_logit, float("-inf"))
     # divided, not multiplied by 1 / mass: a product could be fused into the residual's subtraction without rounding,
     # and equal p and q would leave a residual
     b_prob = exp_mass(b_logit, top, scale) / mass
@@ -42,10 +44,12 @@ def _tile_masses(
     best_ptr,
     top_ptr,
     mass_ptr,
+    floors_ptr,
     draft_logits_ptr,
     draft_best_ptr,
     draft_top_ptr,
     draft_mass_ptr,
+    draft_floors_ptr,
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
@@ -60,6 +64,7 @@ def _tile_masses(
     width,
     num_drafts,
     HAS_STEPS: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
     HAS_GREEDY: tl.constexpr,
     DRAFTS: tl.constexpr,
 ):
@@ -82,7 +87,9 @@ def _tile_masses(
         tl.load(mass_ptr + row),
         scale,
         tl.load(best_ptr + row),
+        floors_ptr + row,
         is_one_hot,
+        HAS_FLOORS,
     )
     b_left = b_p
     # a condition of compilation and one of the device do not join
@@ -97,7 +104,9 @@ def _tile_masses(
                     tl.load(draft_mass_ptr + i_r),
                     scale,
                     tl.load(draft_best_ptr + i_r),
+                    draft_floors_ptr + i_r,
                     is_one_hot,
+                    HAS_FLOORS,
                 )
             else:
                 chosen = tl.load(draft_tokens_ptr + i_r * stride_tokens_r + step * stride_tokens_k)
@@ -115,10 +124,12 @@ def _mass_kernel(
     best_ptr,
     top_ptr,
     mass_ptr,
+    floors_ptr,
     draft_logits_ptr,
     draft_best_ptr,
     draft_top_ptr,
     draft_mass_ptr,
+    draft_floors_ptr,
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
@@ -133,6 +144,7 @@ def _mass_kernel(
     width,
     num_drafts,
     HAS_STEPS: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
     HAS_GREEDY: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -147,10 +159,12 @@ def _mass_kernel(
         best_ptr,
         top_ptr,
         mass_ptr,
+        floors_ptr,
         draft_logits_ptr,
         draft_best_ptr,
         draft_top_ptr,
         draft_mass_ptr,
+        draft_floors_ptr,
         draft_tokens_ptr,
         temperatures_ptr,
         steps_ptr,
@@ -165,6 +179,7 @@ def _mass_kernel(
         width,
         num_drafts,
         HAS_STEPS,
+        HAS_FLOORS,
         HAS_GREEDY,
         DRAFTS,
     )
@@ -196,10 +211,12 @@ def _pick_kernel(
     best_ptr,
     top_ptr,
     mass_ptr,
+    floors_ptr,
     draft_logits_ptr,
     draft_best_ptr,
     draft_top_ptr,
     draft_mass_ptr,
+    draft_floors_ptr,
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
@@ -214,6 +231,7 @@ def _pick_kernel(
     width,
     num_drafts,
     HAS_STEPS: tl.constexpr,
+    HAS_FLOORS: tl.constexpr,
     HAS_GREEDY: tl.constexpr,
     DRAFTS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -240,10 +258,12 @@ def _pick_kernel(
         best_ptr,
         top_ptr,
         mass_ptr,
+        floors_ptr,
         draft_logits_ptr,
         draft_best_ptr,
         draft_top_ptr,
         draft_mass_ptr,
+        draft_floors_ptr,
         draft_tokens_ptr,
         temperatures_ptr,
         steps_ptr,
@@ -258,6 +278,7 @@ def _pick_kernel(
         width,
         num_drafts,
         HAS_STEPS,
+        HAS_FLOORS,
         HAS_GREEDY,
         DRAFTS,
     )
@@ -291,9 +312,9 @@ def sample_rows_triton(
     # what is not there is not read: any pointer will do
     rows = (
         logits,
-        *stats,
+        *_pointers(stats),
         logits if draft_logits is None else draft_logits,
-        *(stats if draft_stats is None else draft_stats),
+        *_pointers(stats if draft_stats is None else draft_stats),
         tokens if draft_tokens is None else draft_tokens,
         temperatures.contiguous(),
         tokens if steps is None else steps.contiguous(),
@@ -310,6 +331,7 @@ def sample_rows_triton(
     )
     options = {
         "HAS_STEPS": steps is not None,
+        "HAS_FLOORS": stats.floor is not None,
         "HAS_GREEDY": is_greedy is not None,
         "DRAFTS": "none" if drafts is None else "tokens" if draft_logits is None else "logits",
         "BLOCK": block,
@@ -330,3 +352,8 @@ def sample_rows_triton(
         num_warps=4,
     )
     return tokens, probs
+
+
+def _pointers(stats: RowStats) -> tuple[torch.Tensor, ...]:
+    """best, top, mass and floor; what is not there is not read."""
+    return stats.best, stats.top, stats.mass, stats.top if stats.floor is None else stats.floor

@@ -115,6 +115,7 @@ def _cases(device: str) -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]
     yield "rounds from logits", lambda: rounds(**dict.fromkeys(filters, False))
     yield "rounds from logits, filtered", lambda: rounds(**filters)
     yield "rounds from logits, top-k", lambda: rounds(**filters, max_top_k=30)
+    yield "rounds from logits, floors", lambda: rounds(**filters, max_top_k=30, ties="all")
     yield "simulated", lambda: list(accept_simulated(drafts, lens, lens))
     yield "penalties", penalties
 

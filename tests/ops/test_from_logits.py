@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from sglang_sparsespec.speculation import chunked, unfiltered
+from sglang_sparsespec.speculation import chunked, from_logits
 from sglang_sparsespec.speculation.distribution import SamplingRule
 
 if TYPE_CHECKING:
     from sglang_sparsespec.speculation.acceptance import Acceptance
 
 TOP_K_ALL = 1 << 30
-NUM_REQS = 24
-SHAPES = [(4, 97), (1, 97), (0, 97), (3, 1), (3, 7), (3, 1000)]
+NUM_REQS = 16
+FILTERS = {
+    "top_k": {"need_top_k": True},
+    "top_k, top_p": {"need_top_k": True, "need_top_p": True},
+    "all": {"need_top_k": True, "need_top_p": True, "need_min_p": True, "filter_order": "sequential"},
+}
+SHAPES = [(4, 97), (0, 97), (2, 1), (2, 7), (3, 600)]
 
 
 @pytest.fixture(autouse=True)
@@ -28,15 +33,15 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     from sglang_sparsespec.ops.row_stats.triton_impl import row_stats_triton, token_probs_triton
     from sglang_sparsespec.ops.sample_rows.triton_impl import sample_rows_triton
 
-    def stats(logits: torch.Tensor, temperatures: torch.Tensor, *, steps: torch.Tensor | None = None) -> object:
-        return row_stats_triton(logits, temperatures, steps, block=512)
+    def stats(logits: torch.Tensor, temperatures: torch.Tensor, **options: torch.Tensor | None) -> object:
+        return row_stats_triton(logits, temperatures, options.get("steps"), options.get("floors"), block=512)
 
     def probs(*args: torch.Tensor, is_greedy: torch.Tensor | None) -> torch.Tensor:
         return token_probs_triton(*args, is_greedy)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(unfiltered, "row_stats", stats)
-    monkeypatch.setattr(unfiltered, "token_probs", probs)
-    monkeypatch.setattr(unfiltered, "sample_rows", functools.partial(sample_rows_triton, block=512))
+    monkeypatch.setattr(from_logits, "row_stats", stats)
+    monkeypatch.setattr(from_logits, "token_probs", probs)
+    monkeypatch.setattr(from_logits, "sample_rows", functools.partial(sample_rows_triton, block=512))
 
 
 class Round:
@@ -95,16 +100,62 @@ def test_draws_equal_those_from_distributions(
     backend: str, device: torch.device, dtype: torch.dtype, has_greedy: bool
 ) -> None:
     """A greedy request that is sampled, or a step's rows read by the stride of another, would pass tests of the ops."""
-    for num_steps, vocab_size in ((2, 1), (2, 7), (2, 1000)):
+    for num_steps, vocab_size in ((1, 1), (1, 7), (2, 600)):
         case = Round(num_steps, vocab_size, dtype, has_greedy=has_greedy)
         tokens, probs = case.drawn()
         on_device = case.draft_logits.to(device)
         for step in range(num_steps):
             coins = case.draw_coins[:, step].to(device)
-            actual, q = unfiltered.draw(on_device[:, step], case.rule_on(device), coins)
+            actual, q = from_logits.draw(on_device[:, step], case.rule_on(device), coins)
             assert actual.dtype == torch.int64
             assert torch.equal(actual.cpu(), tokens[:, step])
             torch.testing.assert_close(q.cpu(), probs[:, step], rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_floors_keep_what_the_filters_keep(backend: str, device: torch.device, filters: str) -> None:
+    """A floor one rank off, of another request, or that forgets a tie would sample what the host would not, or less."""
+    case = Round(3, 97, torch.bfloat16)
+    for logits in (case.target_logits, case.draft_logits):
+        # ties, at the floors too
+        logits[10:16] = logits[10:16].round()
+    top_ks = torch.where(case.rule.top_ks == 1, 1, torch.arange(NUM_REQS) % 11 + 2).to(torch.int32)
+    case.rule = dataclasses.replace(
+        case.rule,
+        top_ks=top_ks,
+        top_ps=torch.linspace(0.3, 1.0, NUM_REQS),
+        min_ps=torch.linspace(0.3, 0.0, NUM_REQS),
+        ties="all",
+        max_top_k=int(top_ks.max()),
+        **FILTERS[filters],
+    )
+    assert case.rule.has_floors
+    q = case.rule.probs(case.draft_logits)
+    num_kept = (q > 0).sum(dim=2)
+    # a tie at a floor, and more than top-k at work
+    assert (num_kept[10:16] > top_ks[10:16, None]).any() or filters == "all"
+    assert (num_kept < top_ks[:, None]).any() == (filters != "top_k")
+    tokens, probs = case.drawn()
+    for step in range(3):
+        coins = case.draw_coins[:, step].to(device)
+        ours, ours_q = from_logits.draw(case.draft_logits[:, step].to(device), case.rule_on(device), coins)
+        assert torch.equal(ours.cpu(), tokens[:, step])
+        torch.testing.assert_close(ours_q.cpu(), probs[:, step], rtol=2e-5, atol=1e-9)
+    # a chain that gets far: filters make the two differ more
+    case.coins *= 0.2
+    for kept in ((probs, case.draft_logits), (None, None)):
+        expected = chunked.accept(tokens, case.target_logits, case.rule, case.coins, case.final_coins, *kept)
+        assert {1, 4} < set(expected.accept_lens.tolist()), "stops at the start and later, and none at all"
+        moved = [None if tensor is None else tensor.to(device) for tensor in kept]
+        actual = from_logits.accept(
+            tokens.to(device),
+            case.target_logits.to(device),
+            case.rule_on(device),
+            case.coins.to(device),
+            case.final_coins.to(device),
+            *moved,
+        )
+        assert_equal(actual, expected)
 
 
 @pytest.mark.parametrize("are_sampled", [True, False], ids=["sampled", "chosen"])
@@ -125,7 +176,7 @@ def test_acceptance_equals_that_between_distributions(
     if vocab_size > 7 and num_steps > 1:
         assert {1, num_steps + 1} < set(expected.accept_lens.tolist()), "stops at the start and later, and none at all"
     moved = [None if tensor is None else tensor.to(device) for tensor in kept]
-    actual = unfiltered.accept(
+    actual = from_logits.accept(
         tokens.to(device),
         case.target_logits.to(device),
         case.rule_on(device),
@@ -141,12 +192,12 @@ def test_no_requests(backend: str, device: torch.device) -> None:
     empty = Round(3, 9, torch.float32).rule_on(device).of(slice(0, 0))
     coins = torch.zeros(0, 3, dtype=torch.float64, device=device)
     logits, tokens = torch.zeros(0, 4, 9, device=device), torch.zeros(0, 3, dtype=torch.int64, device=device)
-    result = unfiltered.accept(tokens, logits, empty, coins, coins[:, 0], coins.float(), logits[:, :3])
+    result = from_logits.accept(tokens, logits, empty, coins, coins[:, 0], coins.float(), logits[:, :3])
     assert result.accept_tokens.shape == (0, 4)
-    assert unfiltered.draw(logits[:, 0], empty, coins[:, 0])[0].shape == (0,)
+    assert from_logits.draw(logits[:, 0], empty, coins[:, 0])[0].shape == (0,)
 
 
-def test_filters_and_the_cpu_keep_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sorting_filters_and_the_cpu_keep_distributions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule with a filter that went to the kernels would sample tokens that the filter drops."""
     case = Round(2, 9, torch.float32)
 
@@ -154,8 +205,8 @@ def test_filters_and_the_cpu_keep_distributions(monkeypatch: pytest.MonkeyPatch)
         is_cuda = True
 
     seen = []
-    monkeypatch.setattr(unfiltered, "draw", lambda *args: seen.append("draw"))
-    monkeypatch.setattr(unfiltered, "accept", lambda *args: seen.append("accept"))
+    monkeypatch.setattr(from_logits, "draw", lambda *args: seen.append("draw"))
+    monkeypatch.setattr(from_logits, "accept", lambda *args: seen.append("accept"))
     tokens, probs = case.drawn()
     rest = (case.coins, case.final_coins, probs, case.draft_logits)
     chunked.accept(tokens, case.target_logits, case.rule, *rest)
@@ -169,3 +220,8 @@ def test_filters_and_the_cpu_keep_distributions(monkeypatch: pytest.MonkeyPatch)
     chunked.draw(on_gpu[:, 0], case.rule, case.final_coins)
     chunked.accept(tokens, on_gpu, case.rule, *rest)
     assert seen == ["draw", "accept"]
+    bounded = dataclasses.replace(case.rule, need_top_k=True, max_top_k=5)
+    chunked.draw(on_gpu[:, 0], bounded, case.final_coins)
+    assert seen == ["draw", "accept"], "the lowest ids among ties are no floor"
+    chunked.draw(on_gpu[:, 0], dataclasses.replace(bounded, ties="all"), case.final_coins)
+    assert seen == ["draw", "accept", "draw"]
