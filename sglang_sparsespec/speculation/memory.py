@@ -72,6 +72,8 @@ class RoundShape(NamedTuple):
     """Of an element of the logits buffer and of kept draft distributions."""
     num_sms: int
     """Multiprocessors of the device."""
+    num_widths: int = 1
+    """Widths of a verify that are captured at each batch size, k + 1 the largest."""
 
     @property
     def width(self) -> int:
@@ -150,8 +152,8 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         logits=_logits_bytes(model, rounds, captured_reqs),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
-        # a draft and a verify of each size
-        graphs=2 * len(rounds.batch_sizes) * GRAPH_BYTES,
+        # of each size a draft, and a verify of each width; what forwards keep they share, and the widest comes first
+        graphs=(1 + rounds.num_widths) * len(rounds.batch_sizes) * GRAPH_BYTES,
         moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
     )
 

@@ -127,6 +127,10 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     fewer = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4]), 370_000)
     assert fewer.logits == 4 * 9 * 151936 * 2
     assert fewer.graphs == 2 * 4 * memory.GRAPH_BYTES
+    # a draft and five verifies of each size, the widest of which are the size of the one there was
+    adaptive = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4], num_widths=5), 370_000)
+    assert adaptive.graphs == 6 * 4 * memory.GRAPH_BYTES
+    assert dataclasses.replace(adaptive, graphs=fewer.graphs) == fewer
 
 
 def test_wide_groups_count_their_score_planes() -> None:
