@@ -7,6 +7,7 @@ would leave out the gaps between rounds, which short rounds pay more often. Noth
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_sparsespec.config import SparseSpecConfig
+
+logger = logging.getLogger(__name__)
 
 SAVE_EVERY_S = 60.0
 # results of rounds that nobody will see: SGLang drops none that we know of
@@ -116,7 +119,15 @@ class RoundSteps:
         self.controller.observe(done, num_correct, round_ms)
         if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
             self._saved = arrived
-            profile.save(self._profile, self._identity, self.controller)
+            self._save(self._profile, self.controller)
+
+    def _save(self, path: str, controller: Controller) -> None:
+        try:
+            profile.save(path, self._identity, controller)
+        except OSError as error:
+            # a full disk is no reason to stop serving
+            self._profile = None
+            logger.warning("SPARSESPEC: --sparsespec-profile %s cannot be written any more: %s", path, error)
 
     @property
     def status(self) -> Status | None:

@@ -89,5 +89,5 @@ def round_shape(
         samples_drafts=config.draft_sampling == "sampled",
         logits_bytes=logits_dtype.itemsize,
         num_sms=num_multiprocessors(device),
-        num_widths=len(config.step_choices),
+        narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
     )

@@ -169,6 +169,9 @@ class RoundMetrics:
     def _warn_if_poor(self) -> None:
         if self._has_warned or not self._speaks or self._verifies < POOR_AFTER_VERIFIES:
             return
+        if self._status() is not None:
+            # whoever chooses k sees to that
+            return
         mean = self._accept_tokens / self._verifies
         if mean < POOR_ACCEPT_LENGTH:
             self._has_warned = True

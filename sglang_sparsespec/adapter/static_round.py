@@ -72,7 +72,7 @@ class StaticRound:
             committed_lens: [num_reqs], integer.
             positions: [num_reqs, K + 1], int64.
             slots: [num_reqs, K + 1], int64.
-            draft_kv: what the drafts read; None where a policy finds out step by step.
+            draft_kv: what the drafts read; None where a policy finds out step by step, or nothing is drafted.
             batch_size: at least num_reqs.
             num_queries: tokens that each request verifies, k + 1; None: all K + 1.
         """

@@ -233,7 +233,7 @@ class SparseSpecWorker(BaseSpecWorker):
             self._step_kv = StepDraftKV(
                 self._policy, plan.rows, plan.committed_lens.int(), req_to_token, plan.max_committed_len
             )
-        else:
+        elif plan.steps.num_steps > 0:
             draft_kv = self._store.draft_kv(
                 plan.rows,
                 plan.committed_lens,

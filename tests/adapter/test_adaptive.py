@@ -139,6 +139,21 @@ def test_a_profile_is_written_now_and_then_and_read_at_start(tmp_path: Path) -> 
         RoundSteps(config, {"card": "H200"}, clock)
 
 
+def test_a_profile_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk must not end a server, nor fill its log."""
+    from sglang_sparsespec.adapter.adaptive import SAVE_EVERY_S, RoundSteps
+
+    folder, clock = tmp_path / "gone", Clock()
+    folder.mkdir()
+    steps = RoundSteps(SparseSpecConfig(adaptive=True, profile=str(folder / "rounds.json")), clock=clock)
+    folder.rmdir()
+    for _ in range(4):
+        steps.next_round(requests(None), 100)
+        clock.now += 2 * SAVE_EVERY_S
+        steps.verified([1])
+    assert caplog.text.count("cannot be written any more") == 1
+
+
 def test_adaptive_on_several_ranks_is_refused(server_args: Callable[..., Any]) -> None:
     """Each rank has its own clock; ranks that disagree on k hang in the next collective."""
     with pytest.raises(ConfigError, match=r"^--sparsespec-adaptive is True; it must be left out with --tp-size 2\. "):
