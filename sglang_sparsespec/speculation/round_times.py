@@ -22,6 +22,8 @@ FRESH_ROUNDS = 512
 _RIDGE = 2e-3
 # rounds between two fits once that many squared are known: a fit takes longer than all the rest
 _REFIT_EVERY = 4
+# of a mean round, what a term of a prior counts for at least
+_LEAST_TERM = 0.05
 # a first guess: a draft costs this share of a plain decode, and half of a decode is KV
 _GUESSED_STEP, _GUESSED_KV = 0.6, 0.5
 # a time this far from the expected one does not count until it has come so often in a row: a pause, not a change
@@ -176,9 +178,14 @@ def guess(num_steps: int, pool_tokens: float, round_ms: float) -> GatheredCost:
 
 def fit(steps: dict[int, StepTimes], prior: GatheredCost) -> GatheredCost:
     """Least squares of relative errors, held near the prior where rounds say nothing."""
-    # in units of the prior's terms, so that tokens and drafts weigh alike
-    scale = np.maximum(np.array(astuple(prior)), 1e-12)
-    left, right = _RIDGE * np.eye(4), _RIDGE * np.ones(4)
+    weight = sum(seen.weight for seen in steps.values())
+    mean_ms = sum(seen.time for seen in steps.values()) / max(weight, 1e-9)
+    tokens = max(1.0, sum(seen.pool for seen in steps.values()) / max(weight, 1e-9))
+    # in units of the prior's terms, so that tokens and drafts weigh alike; a term that was 0 there may come back
+    least = _LEAST_TERM * mean_ms * np.array([1.0, 0.1, 1 / tokens, 0.1 / tokens])
+    expected = np.array(astuple(prior))
+    scale = np.maximum(np.maximum(expected, least), 1e-12)
+    left, right = _RIDGE * np.eye(4), _RIDGE * expected / scale
     for k, seen in steps.items():
         # sums of the outer product of (1, k, pool, k pool) with itself
         by_steps = np.array([[1, k], [k, k * k]], dtype=float)

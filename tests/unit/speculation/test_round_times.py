@@ -64,6 +64,15 @@ def test_a_new_batch_starts_from_its_neighbour() -> None:
     assert [by_batch.bucket(n) for n in (1, 2, 3, 4, 5, 64, 65, 128)] == [0, 1, 2, 2, 3, 6, 7, 7]
 
 
+def test_a_term_that_was_nothing_comes_back() -> None:
+    """A neighbour with short contexts says that KV costs nothing; a prior in its units would hold that for ever."""
+    prior = GatheredCost(fixed_ms=3.0, step_ms=2.5, kv_ms=0.0, step_kv_ms=0.0)
+    rng = random.Random(0)
+    steps = [rng.choice([0, 8]) for _ in range(100)]
+    times = measured(steps, [rng.randrange(50_000, 200_000) for _ in steps], prior=prior)
+    assert times.round_ms(0, 400_000) == pytest.approx(TRUE.round_ms(0, 400_000), rel=0.1)
+
+
 def test_a_k_that_deviates_from_the_formula_keeps_its_own_time() -> None:
     """A verify that falls out of a tile is dearer than the line through its neighbours."""
     times = RoundTimes()
