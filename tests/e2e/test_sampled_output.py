@@ -117,14 +117,15 @@ def fit_of(outputs: list[list[int]], teacher: Teacher, sampling: Sampling) -> Fi
 
 
 def draw(server: Server, sampling: Sampling) -> tuple[list[list[int]], Counter[int]]:
-    """NUM_DRAWS outputs of DEPTH tokens, and how many rounds had how many correct drafts."""
+    """NUM_DRAWS or more outputs of DEPTH tokens, and how many rounds had how many correct drafts."""
     params = {**sampling.params, "max_new_tokens": DEPTH, "ignore_eos": True}
-    batch = [params, params]
+    batch, num_draws = [params, params], NUM_DRAWS
     if "tests.support.random_steps" in server.command:
-        batch = [params, {**params, **LIMITED}]
+        # half of them are limited, and twice as many tell the wrong distributions apart with room to spare
+        batch, num_draws = [params, {**params, **LIMITED}], 2 * NUM_DRAWS
     outputs: list[list[int]] = []
     histogram: Counter[int] = Counter()
-    for _ in range(NUM_DRAWS // BATCH):
+    for _ in range(num_draws // BATCH):
         for response in server.generate({"input_ids": [PROMPT] * BATCH, "sampling_params": batch * (BATCH // 2)}):
             outputs.append(response["output_ids"])
             rounds = response["meta_info"]["spec_correct_drafts_histogram"]
