@@ -6,7 +6,7 @@ nothing of scope `cpu` a machine with a GPU, and nothing of scope `offload` a se
 
 from __future__ import annotations
 
-from sglang_sparsespec.patches import allocation, cpu_host, logits, memory, offload, requests
+from sglang_sparsespec.patches import allocation, cpu_host, logits, memory, offload, requests, server_info
 from sglang_sparsespec.patches.ledger import SUPPORTED_SGLANG, Patch, apply, verify
 from sglang_sparsespec.patches.memory import install as install_reserve
 from sglang_sparsespec.patches.offload import install as install_offloader
@@ -17,6 +17,7 @@ LEDGER: tuple[Patch, ...] = (
     *memory.PATCHES,
     *requests.PATCHES,
     *logits.PATCHES,
+    *server_info.PATCHES,
     *offload.PATCHES,
 )
 

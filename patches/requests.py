@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_sparsespec.patches.ledger import Patch
 
 from sglang_sparsespec.errors import RequestError
+from sglang_sparsespec.request_options import draft_limit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 
 
 def refuse_what_is_not_exact(manager: TokenizerManager, obj: GenerateReqInput, input_ids: Any) -> None:
-    """BEFORE hook: raise for sampling features whose result would not be the target's distribution.
+    """BEFORE hook: raise for sampling features whose result would not be the target's distribution, and for options
+    of a request that make no sense.
 
     Raises:
         RequestError: SGLang turns this ValueError into HTTP 400; the server goes on.
@@ -32,7 +34,8 @@ def refuse_what_is_not_exact(manager: TokenizerManager, obj: GenerateReqInput, i
             "A processor sees one position at a time and cannot run inside a verify; "
             "serve this request without --speculative-algorithm.",
         )
-    sampling = obj.sampling_params or {}
+    sampling = {**(manager.preferred_sampling_params or {}), **(obj.sampling_params or {})}
+    draft_limit(sampling.get("custom_params"))
     if manager.server_args.skip_tokenizer_init and sampling.get("min_new_tokens"):
         raise RequestError(
             "min_new_tokens",
@@ -90,7 +93,8 @@ PATCHES = (
     ),
     Patch(
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        why="SGLang's speculative verify skips custom logit processors without telling the client.",
+        why="SGLang's speculative verify skips custom logit processors without telling the client, and nobody reads "
+        "custom_params before the scheduler.",
         how="Raises a ValueError, which SGLang reports as HTTP 400, before the request is tokenised.",
         upstream="Not reported yet; SGLang has no per-algorithm request validation.",
         remove_when="CustomSpecAlgo gains a hook that validates requests.",

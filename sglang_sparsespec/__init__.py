@@ -3,6 +3,7 @@
 Where things live; imports go one way, from the bottom of this list to its top:
 
 * ``errors``, ``config``     what the user may ask for, validated once
+* ``request_options``        what one request may ask for, validated once
 * ``ops``                    kernels: one folder each, with a plain torch reference beside the fast versions
 * ``speculation``            the round as pure functions: budget, sampling distribution, acceptance, penalties
 * ``selection``              which KV tokens a draft may see: one policy per file

@@ -56,6 +56,11 @@ class SparseSpecConfig:
     """`backend`: the user's attention backend verifies, and scores are captured beside it.
     `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs.
     `auto`: fused on a GPU where the policy can, else backend; a server resolves it at start."""
+    adaptive: bool = False
+    """Choose the drafts of each round, 0 (plain decoding) to k, by load and acceptance; `num_steps` is then the most.
+    Off until it has been measured on a GPU."""
+    profile: str | None = None
+    """File with what an adaptive server has learnt: read at start if there is one, written while it serves."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together."""
     host_memory_gb: float = 0.0
@@ -81,6 +86,15 @@ class SparseSpecConfig:
         _check_choice("draft-sampling", self.draft_sampling, DRAFT_SAMPLINGS)
         _check_choice("verify-attention", self.verify_attention, VERIFY_ATTENTIONS)
         _check_choice("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.adaptive, bool):
+            raise ConfigError(f"{OPTION_PREFIX}adaptive", self.adaptive, "True or False", "Leave it out for False.")
+        if self.profile is not None and not self.adaptive:
+            raise ConfigError(
+                f"{OPTION_PREFIX}profile",
+                self.profile,
+                f"left out without {OPTION_PREFIX}adaptive",
+                f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
+            )
         if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
@@ -106,6 +120,14 @@ class SparseSpecConfig:
     def num_draft_tokens(self) -> int:
         """Width of a verify: the current token and k drafts (SGLang's meaning of the name)."""
         return self.num_steps + 1
+
+    @property
+    def step_choices(self) -> tuple[int, ...]:
+        """Numbers of drafts that rounds are prepared for, ascending: graphs of a verify are captured for each."""
+        if not self.adaptive:
+            return (self.num_steps,)
+        powers = (1 << i for i in range(self.num_steps.bit_length()))
+        return tuple(sorted({0, self.num_steps, *powers}))
 
     @property
     def draft_tail(self) -> int:

@@ -32,9 +32,9 @@ class FusedPlan(NamedTuple):
     committed_lens: torch.Tensor
     """[num_reqs], int32; the first query stands there, and positions from there on are not selectable."""
     num_queries: torch.Tensor
-    """[num_reqs], int32; k + 1, or 0 in padding."""
+    """[num_reqs], int32; the round's k + 1, or 0 in padding."""
     width: int
-    """k + 1."""
+    """Columns of the queries: at least k + 1; those past it are padding too."""
     max_len: int
     """Bound of all positions, known to the host."""
 

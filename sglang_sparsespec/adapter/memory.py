@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from sglang_sparsespec.ops._launch import num_multiprocessors
 from sglang_sparsespec.selection import SelectionPolicy
 from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
@@ -11,7 +13,6 @@ from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import torch
     from sglang.srt.configs.model_config import ModelConfig
 
     from sglang_sparsespec.config import SparseSpecConfig
@@ -34,6 +35,21 @@ def model_shape(model: ModelConfig, num_ranks: int) -> ModelShape:
         dtype_bytes=model.dtype.itemsize,
         num_ranks=num_ranks,
     )
+
+
+def identity(
+    model: ModelConfig, config: SparseSpecConfig, attention_backend: str, device: torch.device
+) -> dict[str, str]:
+    """What the times of rounds depend on beside batch, k and KV in use: a profile of another server is refused."""
+    shape = model_shape(model, 1)
+    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
+    return {
+        "architecture": " ".join(model.hf_config.architectures or ()),
+        **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks"},
+        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling")},
+        "attention_backend": attention_backend,
+        "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
 
 
 def round_shape(
@@ -73,4 +89,5 @@ def round_shape(
         samples_drafts=config.draft_sampling == "sampled",
         logits_bytes=logits_dtype.itemsize,
         num_sms=num_multiprocessors(device),
+        narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
     )

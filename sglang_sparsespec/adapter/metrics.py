@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from sglang_sparsespec.speculation.controller import Status
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,11 @@ class RoundMetrics:
         self._window_verifies = self._window_accept_tokens = 0
         self._rounds = 0
         self._share = 0.0
+        self._status: Callable[[], Status | None] = lambda: None
+
+    def watch(self, status: Callable[[], Status | None]) -> None:
+        """Whom to ask for k and why; None where it is fixed."""
+        self._status = status
 
     def plan(self, kv_lens: list[int], budgets: list[int]) -> None:
         """Note the share of KV that the drafts of a round read, from lengths that the host knows."""
@@ -137,26 +143,34 @@ class RoundMetrics:
         self._verifies += self._window_verifies
         self._accept_tokens += self._window_accept_tokens
         self._window_verifies = self._window_accept_tokens = 0
-        refresh_ms = self.refresh.last_ms
+        refresh_ms, status = self.refresh.last_ms, self._status()
         if self._speaks:
             logger.info(
-                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s",
+                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s%s",
                 accept_length,
                 self._num_steps + 1,
                 self._share,
                 "" if refresh_ms is None else f", selection refresh {refresh_ms:.2f} ms/round",
+                "" if status is None else f", {_decision(status)}",
             )
         if self._gauges is not None:
             self._gauges["accept_length"].set(accept_length)
             self._gauges["budget_share"].set(self._share)
             if refresh_ms is not None:
                 self._gauges["selection_refresh_ms"].set(refresh_ms)
+            if status is not None:
+                self._gauges["num_steps"].set(status.num_steps)
+                self._gauges["predicted_speedup"].set(status.predicted_speedup or 0.0)
+                self._gauges["measured_speedup"].set(status.measured_speedup or 0.0)
         self._warn_if_poor()
         if self._on_report is not None:
             self._on_report()
 
     def _warn_if_poor(self) -> None:
         if self._has_warned or not self._speaks or self._verifies < POOR_AFTER_VERIFIES:
+            return
+        if self._status() is not None:
+            # whoever chooses k sees to that
             return
         mean = self._accept_tokens / self._verifies
         if mean < POOR_ACCEPT_LENGTH:
@@ -171,6 +185,16 @@ class RoundMetrics:
             )
 
 
+def _decision(status: Status) -> str:
+    def times(speedup: float | None) -> str:
+        return "unknown" if speedup is None else f"{speedup:.2f}"
+
+    return (
+        f"k {status.num_steps} ({status.reason}), over plain decoding {times(status.predicted_speedup)} expected, "
+        f"{times(status.measured_speedup)} measured"
+    )
+
+
 def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
     # SGLang sets PROMETHEUS_MULTIPROC_DIR before anything may import this
     from prometheus_client import Gauge
@@ -180,6 +204,9 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
         "accept_length": "Completion tokens per verify over the last log interval, bonus token included.",
         "budget_share": "Share of the running requests' KV tokens that draft steps select.",
         "memory_bytes": "Device memory reserved beside the KV pool, per rank, bytes.",
+        "num_steps": "Drafts per round that the controller wants; with --sparsespec-adaptive only.",
+        "predicted_speedup": "Tokens per time over plain decoding's, as the cost model expects; 0: unknown.",
+        "measured_speedup": "The same by the times of the last rounds and plain decoding's expected time; 0: unknown.",
         "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
     }
     return {

@@ -162,7 +162,14 @@ class RoundSampler:
             by_request.add_(info.logit_bias[:, None])
         return logits
 
-    def accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo, rule: SamplingRule) -> Acceptance:
+    def accept(
+        self,
+        logits: torch.Tensor,
+        drafts: Drafts,
+        info: SamplingBatchInfo,
+        rule: SamplingRule,
+        limits: torch.Tensor | None = None,
+    ) -> Acceptance:
         """Decide which drafts stand and which token follows them.
 
         Args:
@@ -170,17 +177,26 @@ class RoundSampler:
             drafts: what was proposed.
             info: the batch's sampling parameters.
             rule: the same, as `rule` returned it.
+            limits: [num_reqs], int64, drafts that may stand; None: all.
         """
-        acceptance = self._accept(logits, drafts, info, rule)
+        acceptance = self._accept(logits, drafts, info, rule, limits)
         if spec_utils.SIMULATE_ACC_LEN > 0:
             # in the place of the real one, which has cost what it costs
-            return accept_simulated(drafts.tokens, acceptance.bonus_tokens, self._simulated_num_correct(acceptance))
+            num_correct = self._simulated_num_correct(acceptance)
+            return accept_simulated(drafts.tokens, acceptance.bonus_tokens, num_correct, limits)
         return acceptance
 
-    def _accept(self, logits: torch.Tensor, drafts: Drafts, info: SamplingBatchInfo, rule: SamplingRule) -> Acceptance:
+    def _accept(
+        self,
+        logits: torch.Tensor,
+        drafts: Drafts,
+        info: SamplingBatchInfo,
+        rule: SamplingRule,
+        limits: torch.Tensor | None,
+    ) -> Acceptance:
         num_reqs, num_steps = drafts.tokens.shape
         if info.is_all_greedy:
-            return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1))
+            return accept_greedy(drafts.tokens, logits.argmax(dim=-1).view(num_reqs, num_steps + 1), limits)
         return chunked.accept(
             drafts.tokens,
             logits.view(num_reqs, num_steps + 1, -1),
@@ -189,6 +205,7 @@ class RoundSampler:
             self._coins(num_reqs),
             drafts.probs,
             drafts.logits,
+            limits,
         )
 
     def _coins(self, *shape: int) -> torch.Tensor:

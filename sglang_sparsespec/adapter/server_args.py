@@ -102,6 +102,21 @@ class SparseSpecServerArgs(ServerArgs):
             choices=list(cfg.VERIFY_ATTENTIONS),
         ),
     ] = _DEFAULTS.verify_attention
+    sparsespec_adaptive: Annotated[
+        bool,
+        _help(
+            "choose the drafts of each round by load and acceptance, 0 (plain decoding) included; "
+            "--speculative-num-steps is then the most.",
+            _DEFAULTS.adaptive,
+        ),
+    ] = _DEFAULTS.adaptive
+    sparsespec_profile: Annotated[
+        str | None,
+        _help(
+            "file with what an adaptive server has learnt, read at start if there is one and written while it serves.",
+            _DEFAULTS.profile,
+        ),
+    ] = _DEFAULTS.profile
     sparsespec_schedule: Annotated[
         str,
         Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),

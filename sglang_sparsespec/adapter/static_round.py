@@ -21,7 +21,7 @@ class StaticRound:
 
     Args:
         max_reqs: most requests of a round, padding included.
-        num_draft_tokens: k + 1.
+        num_draft_tokens: K + 1, the most that a request verifies.
         store: whose selections the drafts read.
         tail: most positions between a selection and the last draft.
         device: of everything.
@@ -38,7 +38,7 @@ class StaticRound:
         """Page-table rows."""
         self.committed_lens = zeros(max_reqs, dtype=torch.int32)
         self.num_queries = zeros(max_reqs, dtype=torch.int32)
-        """Tokens that a request verifies: k + 1, or 0 in padding."""
+        """Tokens that a request verifies: the round's k + 1, or 0 in padding."""
         self.positions = zeros(max_reqs, num_draft_tokens)
         self.slots = zeros(max_reqs, num_draft_tokens)
         self.chain = zeros(max_reqs, num_draft_tokens)
@@ -63,16 +63,18 @@ class StaticRound:
         slots: torch.Tensor,
         draft_kv: DraftKV | None,
         batch_size: int,
+        num_queries: int | None = None,
     ) -> None:
         """Take a round in and pad it to `batch_size`.
 
         Args:
             rows: [num_reqs], int64.
             committed_lens: [num_reqs], integer.
-            positions: [num_reqs, k + 1], int64.
-            slots: [num_reqs, k + 1], int64.
-            draft_kv: what the drafts read; None where a policy finds out step by step.
+            positions: [num_reqs, K + 1], int64.
+            slots: [num_reqs, K + 1], int64.
+            draft_kv: what the drafts read; None where a policy finds out step by step, or nothing is drafted.
             batch_size: at least num_reqs.
+            num_queries: tokens that each request verifies, k + 1; None: all K + 1.
         """
         num_reqs = rows.shape[0]
         pairs = [
@@ -87,7 +89,7 @@ class StaticRound:
         for target, value in pairs:
             target[:num_reqs].copy_(value)
             target[num_reqs:batch_size].zero_()
-        self.num_queries[:num_reqs].fill_(positions.shape[1])
+        self.num_queries[:num_reqs].fill_(positions.shape[1] if num_queries is None else num_queries)
         self.num_queries[num_reqs:batch_size].zero_()
 
     def draft_kv(self, batch_size: int) -> DraftKV:
@@ -102,6 +104,7 @@ class StaticRound:
         self._draft_lens[:batch_size].add_(1)
 
     def set_chain(self, chain: torch.Tensor, batch_size: int) -> None:
-        """[num_reqs, k + 1], int64: what the verify runs over."""
-        self.chain[: chain.shape[0]].copy_(chain)
+        """[num_reqs, k + 1], int64: what the verify runs over; columns past k + 1 become token 0."""
+        self.chain[: chain.shape[0], : chain.shape[1]].copy_(chain)
+        self.chain[: chain.shape[0], chain.shape[1] :].zero_()
         self.chain[chain.shape[0] : batch_size].zero_()

@@ -12,6 +12,7 @@ import psutil
 
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
+from sglang_sparsespec.speculation.profile import check_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,7 +74,7 @@ REFUSALS = (
     _off("enable_pdmux", "Prefill and decode would share the capture buffers of one stream."),
     _off("enable_two_batch_overlap", "It splits batches below the level at which drafts are planned."),
     _off("enable_mixed_chunk", "SGLang asserts against it for every speculative algorithm."),
-    _off("speculative_adaptive", "It switches between draft models' states."),
+    _off("speculative_adaptive", "It switches between draft models' states; --sparsespec-adaptive is our own."),
     _off("speculative_draft_model_path", "The served model drafts for itself."),
     _off("speculative_token_map", "Drafts come from the served model's own head, over its whole vocabulary."),
     _off("enable_multi_layer_eagle", "It belongs to EAGLE."),
@@ -177,6 +178,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
     _check_host_memory(config, resolved.tp_size)
+    _check_adaptive(config, resolved.tp_size)
 
 
 def _check_options(server_args: ServerArgs) -> None:
@@ -292,6 +294,18 @@ def _check_host_memory(config: SparseSpecConfig, tp_size: int) -> None:
             f"at most {largest:.1f}, {MAX_HOST_MEMORY_SHARE:.0%} of this machine's memory",
             "Lower it: KV memory is pinned and cannot be swapped out.",
         )
+
+
+def _check_adaptive(config: SparseSpecConfig, tp_size: int) -> None:
+    if config.adaptive and tp_size > 1:
+        raise ConfigError(
+            "--sparsespec-adaptive",
+            config.adaptive,
+            f"left out with --tp-size {tp_size}",
+            "Ranks would have to agree on k, and each has its own clock. Leave it out, or set --tp-size to 1.",
+        )
+    if config.profile is not None:
+        check_path(config.profile)
 
 
 def _check_budget(model: ModelConfig, config: SparseSpecConfig) -> None:

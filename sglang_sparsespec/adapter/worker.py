@@ -7,6 +7,7 @@ by layer), accept, commit. Invariant: KV below a request's committed length was 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,10 +22,11 @@ from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask, record_stream_for_v2_verify
 
 import sglang_sparsespec.patches as patches
+from sglang_sparsespec.adapter.adaptive import RoundSteps, StepPlan
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
-from sglang_sparsespec.adapter.memory import model_shape, round_shape
+from sglang_sparsespec.adapter.memory import identity, model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.offload import Offloader, RequestState
 from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
@@ -58,21 +60,23 @@ logger = logging.getLogger(__name__)
 
 
 class RoundPlan(NamedTuple):
-    """Where the tokens of one round go. n is a request's committed length.
+    """Where the tokens of one round go. n is a request's committed length; k, the round's own, is at most K.
 
     [0, n)          committed: KV is exact
     [n, n + k)      draft KV, inexact; the verify overwrites it
     [n, n + k]      the verify's tokens: the bonus token of the last round and the k drafts
     """
 
+    steps: StepPlan
+    """k; 0 is a plain decode. And whose drafts stop earlier."""
     rows: torch.Tensor
     """[num_reqs], int64, page-table rows."""
     committed_lens: torch.Tensor
     """[num_reqs], int64, n."""
     positions: torch.Tensor
-    """[num_reqs, k + 1], int64."""
+    """[num_reqs, K + 1], int64, from n on."""
     slots: torch.Tensor
-    """[num_reqs, k + 1], int64, KV slots of those positions."""
+    """[num_reqs, K + 1], int64, KV slots of those positions."""
     max_committed_len: int
     """Bound of n, known to the host without asking the device."""
     max_total_len: int
@@ -136,6 +140,8 @@ class SparseSpecWorker(BaseSpecWorker):
         patches.install_reserve(self._reserve if self.device == "cuda" else None)
         self._step_kv: StepDraftKV | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
+        self._steps = RoundSteps(self.config, self._identity())
+        self._metrics.watch(lambda: self._steps.status)
 
     # The round
 
@@ -150,6 +156,7 @@ class SparseSpecWorker(BaseSpecWorker):
     def _prefill(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
+        self._steps.interrupted()
         result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.NULL)
         self._ranks.agree(result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
@@ -164,12 +171,15 @@ class SparseSpecWorker(BaseSpecWorker):
         plan = self._plan(batch)
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
-        acceptance = self._sampler.accept(logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule)
+        acceptance = self._sampler.accept(
+            logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule, plan.steps.limits_on(self.device)
+        )
         acceptance = self._ranks.agree_on_acceptance(acceptance)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
         kv_lens = [req.kv_committed_len for req in batch.reqs]
+        steps = self._steps.next_round(batch.reqs, sum(kv_lens))
         self._metrics.plan(kv_lens, [self._policy.budget(kv_len) for kv_len in kv_lens])
         committed_lens = batch.seq_lens.long()
         positions = committed_lens[:, None] + self._offsets
@@ -178,10 +188,11 @@ class SparseSpecWorker(BaseSpecWorker):
             bounds = batch.seq_lens_cpu.tolist()
         else:
             # the device is ahead of the host by one round; what is allocated covers that
-            bounds = [req.kv.kv_allocated_len for req in batch.reqs]
+            bounds = [self._bound_len(req) for req in batch.reqs]
         # what is allocated may pass the table; what a round writes does not
         limit = batch.req_to_token_pool.req_to_token.shape[1] - self.config.num_draft_tokens
         return RoundPlan(
+            steps=steps,
             rows=batch.req_pool_indices,
             committed_lens=committed_lens,
             positions=positions,
@@ -193,18 +204,26 @@ class SparseSpecWorker(BaseSpecWorker):
             penalised=self._penalties.rows_of(batch),
         )
 
+    def _bound_len(self, req: Req) -> int:
+        """Of the length of a request, whose last round the host may not have seen."""
+        if req.kv is not None:
+            return req.kv.kv_allocated_len
+        # it ended in that round, and the host has just seen it: a batch with a grammar waits for its predecessor
+        return len(req.origin_input_ids) + len(req.output_ids) + self.config.num_draft_tokens
+
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""
         self._load(plan, batch.req_to_token_pool.req_to_token)
         num_reqs = plan.rows.shape[0]
-        drafts = Drafts(num_reqs, self.config.num_steps, self.device)
+        drafts = Drafts(num_reqs, plan.steps.num_steps, self.device)
         current = batch.spec_info.bonus_tokens.long()
-        for step in range(self.config.num_steps):
+        for step in range(plan.steps.num_steps):
             self._begin_step(step, current, plan.batch_size)
             logits = self._draft_step(plan.batch_size)[:num_reqs]
             current = self._sampler.draft(step, logits, drafts, batch.sampling_info, plan.rule, plan.penalised, current)
-        # once for all steps: the verify writes the KV of drafts again, so what they were drafted from need not agree
-        drafts.tokens = self._ranks.agree(drafts.tokens)
+        if plan.steps.num_steps > 0:
+            # once for all steps: the verify writes the KV of drafts again; what they were drafted from need not agree
+            drafts.tokens = self._ranks.agree(drafts.tokens)
         return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
@@ -214,7 +233,7 @@ class SparseSpecWorker(BaseSpecWorker):
             self._step_kv = StepDraftKV(
                 self._policy, plan.rows, plan.committed_lens.int(), req_to_token, plan.max_committed_len
             )
-        else:
+        elif plan.steps.num_steps > 0:
             draft_kv = self._store.draft_kv(
                 plan.rows,
                 plan.committed_lens,
@@ -222,7 +241,15 @@ class SparseSpecWorker(BaseSpecWorker):
                 max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
                 tail=self.config.draft_tail,
             )
-        self._static.load(plan.rows, plan.committed_lens, plan.positions, plan.slots, draft_kv, plan.batch_size)
+        self._static.load(
+            plan.rows,
+            plan.committed_lens,
+            plan.positions,
+            plan.slots,
+            draft_kv,
+            plan.batch_size,
+            num_queries=plan.steps.num_steps + 1,
+        )
 
     def _begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
         self._static.begin_step(step, tokens, batch_size)
@@ -243,8 +270,8 @@ class SparseSpecWorker(BaseSpecWorker):
             SparseSpecDraftStep(positions=positions),
         )
 
-    def _verify_body(self, batch_size: int) -> torch.Tensor:
-        """Our own verify; returns logits [batch_size * (k + 1), vocab_size]."""
+    def _verify_body(self, width: int, batch_size: int) -> torch.Tensor:
+        """Our own verify of `width` tokens per request; returns logits [batch_size * width, vocab_size]."""
         static = self._static
         assert self._backend.fused is not None
         self._backend.fused.begin(
@@ -252,21 +279,23 @@ class SparseSpecWorker(BaseSpecWorker):
                 static.rows[:batch_size],
                 static.committed_lens[:batch_size],
                 static.num_queries[:batch_size],
-                self.config.num_draft_tokens,
+                width,
                 self._verify_max_len,
             )
         )
-        chain, positions = static.chain[:batch_size].flatten(), static.positions[:batch_size].flatten()
+        chain, positions, slots = (
+            tensor[:batch_size, :width].flatten() for tensor in (static.chain, static.positions, static.slots)
+        )
         return self._forward(
             ForwardMode.TARGET_VERIFY,
             batch_size,
             chain,
             positions,
-            static.slots[:batch_size].flatten(),
+            slots,
             SparseSpecVerifyInput(
                 draft_token=chain,
                 positions=positions,
-                draft_token_num=self.config.num_draft_tokens,
+                draft_token_num=width,
                 is_fused=True,
             ),
         )
@@ -328,11 +357,16 @@ class SparseSpecWorker(BaseSpecWorker):
         return fused is not None and plan.max_total_len <= fused.num_columns
 
     def _verify_fused(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
+        # at a width that was captured; what a request has no token for is padding
+        num_reqs, num_tokens = chain.shape
+        width = min(width for width in self._verify_forwards if width >= num_tokens)
         self._static.set_chain(chain, plan.batch_size)
         if self.device == "cpu":
             # a tighter bound than the context's, where nothing is captured
             self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
-        logits = self._verify_forward(plan.batch_size)[: chain.numel()]
+        logits = self._verify_forwards[width](plan.batch_size)[: num_reqs * width]
+        if width > num_tokens:
+            logits = logits.view(num_reqs, width, -1)[:, :num_tokens].flatten(0, 1)
         if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
             self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
         return LogitsProcessorOutput(next_token_logits=logits)
@@ -344,11 +378,11 @@ class SparseSpecWorker(BaseSpecWorker):
             batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
-        batch.out_cache_loc = plan.slots.flatten()
+        batch.out_cache_loc = plan.slots[:, : chain.shape[1]].flatten()
         batch.spec_info = SparseSpecVerifyInput(
             draft_token=batch.input_ids,
-            positions=plan.positions.flatten(),
-            draft_token_num=self.config.num_draft_tokens,
+            positions=plan.positions[:, : chain.shape[1]].flatten(),
+            draft_token_num=chain.shape[1],
             max_committed_len=plan.max_committed_len,
         )
         forward_batch = ForwardBatch.init_new(
@@ -382,14 +416,15 @@ class SparseSpecWorker(BaseSpecWorker):
         if batch.return_logprob:
             logits_output.next_token_logits = logits_output.next_token_logits.float()
             accept_index = torch.arange(predicted.numel(), device=predicted.device).view_as(acceptance.accept_tokens)
-            compute_spec_v2_logprobs(batch, logits_output, predicted, accept_index, self.config.num_steps)
+            compute_spec_v2_logprobs(batch, logits_output, predicted, accept_index, plan.steps.num_steps)
         return GenerationBatchResult(
             logits_output=logits_output,
             next_token_ids=predicted,
             accept_lens=acceptance.accept_lens,
             new_seq_lens=new_seq_lens,
             next_draft_input=SparseSpecDraftInput(bonus_tokens=acceptance.bonus_tokens),
-            speculative_num_draft_tokens=self.config.num_draft_tokens,
+            # the stride of this result; slots and lengths stay those of K
+            speculative_num_draft_tokens=plan.steps.num_steps + 1,
             can_run_cuda_graph=self._draft_step.is_captured(plan.batch_size),
             extra_keep_alive_refs=[plan, acceptance],
         )
@@ -412,11 +447,11 @@ class SparseSpecWorker(BaseSpecWorker):
 
     @property
     def graph_memory_usage(self) -> dict[str, float]:
-        return {forward.name: forward.memory_gb for forward in (self._draft_step, self._verify_forward)}
+        return {forward.name: forward.memory_gb for forward in (self._draft_step, *self._verify_forwards.values())}
 
     @property
     def graph_time_usage(self) -> dict[str, float]:
-        return {forward.name: forward.capture_s for forward in (self._draft_step, self._verify_forward)}
+        return {forward.name: forward.capture_s for forward in (self._draft_step, *self._verify_forwards.values())}
 
     @property
     def weight_load_time(self) -> float:
@@ -492,7 +527,15 @@ class SparseSpecWorker(BaseSpecWorker):
             )
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
-        self._verify_forward = PaddedForward("verify", self._verify_body, batch_sizes)
+        # the widest first: what it needs of the graphs' memory serves the others
+        self._verify_forwards: dict[int, PaddedForward] = {
+            steps + 1: PaddedForward(
+                "verify" if steps == self.config.num_steps else f"verify k={steps}",
+                partial(self._verify_body, steps + 1),
+                batch_sizes,
+            )
+            for steps in reversed(self.config.step_choices)
+        }
 
     @property
     def _logits_dtype(self) -> torch.dtype:
@@ -564,7 +607,17 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
         """The outcome of an earlier round has arrived on the host."""
+        self._steps.verified(num_correct_drafts_per_req)
         self._metrics.verified(num_correct_drafts_per_req)
+
+    def describe_rounds(self) -> dict[str, Any]:
+        """For /server_info (patches/server_info.py)."""
+        return self._steps.describe()
+
+    def _identity(self) -> dict[str, str]:
+        """What a profile of round times holds for."""
+        backend = str(self._server_args.attention_backend)
+        return identity(self._model_runner.model_config, self.config, backend, torch.device(self.device, self._gpu_id))
 
     def clear_cache_pool(self) -> None:
         """SGLang flushed its cache: nothing runs, so nothing of ours is in use."""
@@ -576,7 +629,8 @@ class SparseSpecWorker(BaseSpecWorker):
             return
         self._draft_step.capture()
         if self._backend.fused is not None:
-            self._verify_forward.capture()
+            for forward in self._verify_forwards.values():
+                forward.capture()
         if self._memory is not None:
             logger.info(
                 "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",

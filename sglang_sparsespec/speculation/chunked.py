@@ -56,6 +56,7 @@ def accept(
     final_coins: Tensor,
     draft_probs: Tensor | None = None,
     draft_logits: Tensor | None = None,
+    limits: Tensor | None = None,
 ) -> Acceptance:
     """Chain rejection sampling, `accept_chain`, between the distributions of `rule` over two sets of logits.
 
@@ -68,9 +69,12 @@ def accept(
         draft_probs: [num_reqs, num_steps], float32, as `draw` returned them. None, like `draft_logits`, for drafts
             that were chosen, not sampled.
         draft_logits: [num_reqs, num_steps, vocab_size], floating: what `draw` was given, in that dtype.
+        limits: [num_reqs], int64, drafts that may stand (`acceptance.stop_at`); None: all.
     """
     if _takes_kernels(target_logits, rule):
-        return from_logits.accept(draft_tokens, target_logits, rule, coins, final_coins, draft_probs, draft_logits)
+        return from_logits.accept(
+            draft_tokens, target_logits, rule, coins, final_coins, draft_probs, draft_logits, limits
+        )
     _, num_positions, vocab_size = target_logits.shape
     parts = []
     for reqs in chunks(draft_tokens.shape[0], num_positions * vocab_size, CHUNK_ELEMENTS):
@@ -83,6 +87,7 @@ def accept(
                 final_coins[reqs],
                 None if draft_probs is None else draft_probs[reqs],
                 None if draft_logits is None else partial(_q_rows, draft_logits[reqs], chunk_rule),
+                None if limits is None else limits[reqs],
             )
         )
     return Acceptance(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))

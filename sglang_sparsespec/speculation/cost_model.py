@@ -1,7 +1,8 @@
 """What a lockstep round costs, from a few measured times; which k is worth it.
 
 A plain decode step costs W + A: reading the weights, and the KV cache of all running requests. Knows nothing of how
-acceptance came about. Reference: SparseSpec (arXiv:2512.01278), section 3.
+acceptance came about. Reference: SparseSpec (arXiv:2512.01278), section 3. The formula stands once, in
+`GatheredCost.round_ms`; `RoundCost` derives its terms from what a card does, `round_times` from rounds that ran.
 """
 
 from __future__ import annotations
@@ -11,6 +12,34 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatheredCost:
+    """``k (W + s A / u + o) + V + A (1 + c)``, its terms gathered by what they grow with. Milliseconds."""
+
+    fixed_ms: float
+    """V of a round without drafts: a decode step without attention."""
+    step_ms: float
+    """Of one draft without attention: W + o, and what its row adds to V."""
+    kv_ms: float
+    """Of one token in the pool: A (1 + c) by the token, full attention with capture."""
+    step_kv_ms: float
+    """Of one token in the pool and one draft: s A / u by the token, sparse attention."""
+
+    def round_ms(self, num_steps: int, pool_tokens: float) -> float:
+        """`num_steps` drafts (0: a plain decode through the verify) and one verify, over so much KV in use."""
+        return self.fixed_ms + num_steps * self.step_ms + pool_tokens * (self.kv_ms + num_steps * self.step_kv_ms)
+
+
+def accept_length(survival: Sequence[float], num_steps: int) -> float:
+    """Tokens that a round yields, bonus token counted; `survival[j - 1]`: that draft j and all before it stand."""
+    return 1.0 + sum(survival[:num_steps])
+
+
+def speedup(accept_length: float, round_ms: float, plain_ms: float) -> float:
+    """Tokens per time over plain decoding's; `accept_length` counts the bonus token."""
+    return accept_length * plain_ms / round_ms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +59,22 @@ class RoundCost:
     overhead_ms: float = 0.2
     """o: host and launch gap of a draft step."""
 
+    def gathered(self, read_share: float) -> GatheredCost:
+        """The terms of rounds whose drafts read `read_share` of the KV cache; the cache in use is the unit of KV."""
+        return GatheredCost(
+            fixed_ms=self.weights_ms if self.verify_ms is None else self.verify_ms,
+            step_ms=self.weights_ms + self.overhead_ms,
+            kv_ms=self.attention_ms * (1.0 + self.capture_share),
+            step_kv_ms=read_share * self.attention_ms / self.gather_efficiency,
+        )
+
     def round_ms(self, num_steps: int, read_share: float) -> float:
         """k drafts that read `read_share` of the KV cache each, one verify with capture."""
-        draft_ms = self.weights_ms + read_share * self.attention_ms / self.gather_efficiency + self.overhead_ms
-        verify_ms = self.weights_ms if self.verify_ms is None else self.verify_ms
-        return num_steps * draft_ms + verify_ms + self.attention_ms * (1.0 + self.capture_share)
+        return self.gathered(read_share).round_ms(num_steps, 1.0)
 
     def speedup(self, num_steps: int, read_share: float, accept_length: float) -> float:
         """Tokens per time over plain decoding's; `accept_length` counts the bonus token."""
-        return accept_length * (self.weights_ms + self.attention_ms) / self.round_ms(num_steps, read_share)
+        return speedup(accept_length, self.round_ms(num_steps, read_share), self.weights_ms + self.attention_ms)
 
     def best_num_steps(self, survival: Sequence[float], read_share: float) -> tuple[int, float]:
         """The k with the largest speed-up, and that speed-up.
@@ -47,11 +83,9 @@ class RoundCost:
             survival: probability that draft j and all before it are correct, j = 1 .. the largest k.
             read_share: share of the KV cache that a draft step reads.
         """
-        accept_length = 1.0
-        best = (1, 0.0)
-        for num_steps, alive in enumerate(survival, start=1):
-            accept_length += alive
-            speedup = self.speedup(num_steps, read_share, accept_length)
-            if speedup > best[1]:
-                best = (num_steps, speedup)
-        return best
+        speedups = [
+            (self.speedup(num_steps, read_share, accept_length(survival, num_steps)), -num_steps)
+            for num_steps in range(1, len(survival) + 1)
+        ]
+        best, num_steps = max(speedups, default=(0.0, -1))
+        return -num_steps, best

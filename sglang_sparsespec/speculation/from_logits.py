@@ -13,7 +13,7 @@ import torch
 
 from sglang_sparsespec.ops.row_stats import RowStats, row_stats, token_probs
 from sglang_sparsespec.ops.sample_rows import sample_rows
-from sglang_sparsespec.speculation.acceptance import Acceptance, assemble, count_correct
+from sglang_sparsespec.speculation.acceptance import Acceptance, assemble, count_correct, stop_at
 from sglang_sparsespec.speculation.distribution import num_ranks_kept
 
 if TYPE_CHECKING:
@@ -36,18 +36,22 @@ def accept(
     final_coins: Tensor,
     draft_probs: Tensor | None,
     draft_logits: Tensor | None,
+    limits: Tensor | None = None,
 ) -> Acceptance:
     """`chunked.accept` for a rule without filters, or with floors; arguments and result are its own."""
     temperatures, is_greedy = rule.temperatures.flatten(), _is_greedy(rule)
     stats = _stats(target_logits, rule)
     p_drafts = token_probs(target_logits, stats, temperatures, draft_tokens, is_greedy=is_greedy)
-    num_correct = count_correct(p_drafts, draft_probs, coins)
+    num_steps = draft_tokens.shape[1]
+    num_correct, was_rejected = stop_at(count_correct(p_drafts, draft_probs, coins), num_steps, limits)
     drafts: dict[str, Any] = {}
-    if draft_tokens.shape[1] > 0:
-        drafts = {"draft_tokens": draft_tokens}
+    if num_steps > 0:
+        rejected = torch.where(was_rejected, num_correct, num_steps)
+        drafts = {"draft_steps": rejected, "draft_tokens": draft_tokens}
         if draft_logits is not None:
             # of the first rejected draft; of the last, and not used, where none was
-            drafts = {"draft_logits": draft_logits, "draft_stats": _stats(draft_logits, rule, num_correct)}
+            stats_of_rejected = _stats(draft_logits, rule, rejected)
+            drafts = {"draft_steps": rejected, "draft_logits": draft_logits, "draft_stats": stats_of_rejected}
     bonus_tokens, _ = sample_rows(
         target_logits, stats, temperatures, final_coins, steps=num_correct, is_greedy=is_greedy, **drafts
     )

@@ -75,6 +75,8 @@ class RoundShape(NamedTuple):
     """Of an element of logits, which drafts keep theirs of."""
     num_sms: int
     """Multiprocessors of the device."""
+    narrower: tuple[int, ...] = ()
+    """Widths of a verify, in tokens of a request, that are captured beside k + 1."""
 
     @property
     def width(self) -> int:
@@ -150,8 +152,8 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         scores=_score_bytes(model, rounds, num_tokens),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
-        # a draft and a verify of each size
-        graphs=2 * len(rounds.batch_sizes) * GRAPH_BYTES,
+        # of each size a draft, and a verify of each width; what forwards keep they share, and the widest comes first
+        graphs=(2 + len(rounds.narrower)) * len(rounds.batch_sizes) * GRAPH_BYTES,
         moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
     )
 
@@ -240,9 +242,9 @@ def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
         shares = min(MAX_SPLITS * lists, WAVES * rounds.num_sms // row_tiles)
         return 4 * num_rows * (shares * (model.head_dim + 1) + lists)
 
-    num_rows = rounds.width * group
-    verify = split(num_rows, num_row_tiles(num_rows)) if rounds.is_fused else 0
-    return max(verify, split(group, 1))
+    # a narrower verify may have fewer tiles, and so more splits
+    rows = [width * group for width in (rounds.width, *rounds.narrower)] if rounds.is_fused else []
+    return max([split(group, 1), *(split(num_rows, num_row_tiles(num_rows)) for num_rows in rows)])
 
 
 def _plane_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:

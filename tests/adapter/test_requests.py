@@ -27,6 +27,7 @@ def _manager(algorithm: str | None, **changes: Any) -> Any:
     fields = {
         "server_args": server_args,
         "context_len": 100,
+        "preferred_sampling_params": None,
         "num_reserved_tokens": 0,
         "allow_auto_truncate": False,
         "validate_total_tokens": True,
@@ -63,6 +64,73 @@ def test_inexact_features_are_refused(changes: dict[str, Any], start: str) -> No
     assert message.endswith(".")
     # SGLang answers a ValueError with 400 and goes on; any other exception is a 500
     assert isinstance(caught.value, ValueError)
+
+
+def with_options(options: Any) -> dict[str, Any]:
+    return {"sampling_params": {"custom_params": {"sparsespec": options}}}
+
+
+NONSENSE = [
+    ({"sampling_params": {"custom_params": "no drafts"}}, "custom_params is 'no drafts'; "),
+    (with_options(False), "custom_params.sparsespec is False; "),
+    (with_options({}), "custom_params.sparsespec is {}; "),
+    (with_options({"enable": False}), "custom_params.sparsespec is {'enable': False}; "),
+    (with_options({"enabled": "no"}), "custom_params.sparsespec.enabled is 'no'; "),
+    (with_options({"enabled": 0}), "custom_params.sparsespec.enabled is 0; "),
+    (with_options({"enabled": None}), "custom_params.sparsespec.enabled is None; "),
+    (with_options({"max_draft_tokens": -1}), "custom_params.sparsespec.max_draft_tokens is -1; "),
+    (with_options({"max_draft_tokens": 2.0}), "custom_params.sparsespec.max_draft_tokens is 2.0; "),
+    (with_options({"max_draft_tokens": True}), "custom_params.sparsespec.max_draft_tokens is True; "),
+    (with_options({"max_draft_tokens": None}), "custom_params.sparsespec.max_draft_tokens is None; "),
+]
+
+
+@pytest.mark.parametrize(("changes", "start"), NONSENSE, ids=str)
+def test_nonsense_about_speculation_is_refused(changes: dict[str, Any], start: str) -> None:
+    """A misspelt switch that is accepted leaves speculation on for somebody who turned it off."""
+    from sglang_sparsespec.patches.requests import refuse_what_is_not_exact
+
+    with pytest.raises(RequestError) as caught:
+        refuse_what_is_not_exact(_manager("SPARSESPEC"), _request(**changes), [1, 2, 3])
+    assert str(caught.value).startswith(start + "under --speculative-algorithm SPARSESPEC it must be ")
+    # other algorithms have their own meaning for custom_params
+    assert refuse_what_is_not_exact(_manager("NGRAM"), _request(**changes), [1]) is None
+
+
+def test_nonsense_in_the_servers_preferred_parameters_is_refused() -> None:
+    """SGLang merges them into the request after its checks; unread, they would fail in the scheduler."""
+    from sglang_sparsespec.patches.requests import refuse_what_is_not_exact
+
+    manager = _manager(
+        "SPARSESPEC", preferred_sampling_params=with_options({"max_draft_tokens": "3"})["sampling_params"]
+    )
+    with pytest.raises(RequestError):
+        refuse_what_is_not_exact(manager, _request(), [1])
+    own = _request(**with_options({"max_draft_tokens": 3}))
+    assert refuse_what_is_not_exact(manager, own, [1]) is None
+
+
+@pytest.mark.parametrize(
+    ("custom_params", "limit"),
+    [
+        (None, None),
+        ({}, None),
+        ({"thinking_budget": 5}, None),
+        ({"sparsespec": {"enabled": True}}, None),
+        ({"sparsespec": {"enabled": False}}, 0),
+        ({"sparsespec": {"max_draft_tokens": 0}}, 0),
+        ({"sparsespec": {"max_draft_tokens": 3}, "thinking_budget": 5}, 3),
+        ({"sparsespec": {"enabled": True, "max_draft_tokens": 3}}, 3),
+        ({"sparsespec": {"enabled": False, "max_draft_tokens": 3}}, 0),
+        ({"sparsespec": {"max_draft_tokens": 10**6}}, 10**6),
+    ],
+    ids=str,
+)
+def test_what_a_request_may_ask_of_speculation(custom_params: Any, limit: int | None) -> None:
+    """A switch read the wrong way round changes no output, only speed: nothing else would notice."""
+    from sglang_sparsespec.request_options import draft_limit
+
+    assert draft_limit(custom_params) == limit
 
 
 @pytest.mark.parametrize(("changes", "start"), REFUSED, ids=str)

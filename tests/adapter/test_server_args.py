@@ -31,6 +31,8 @@ OTHER_VALUES: dict[str, Any] = {
     "sharing": "head",
     "draft_sampling": "greedy",
     "verify_attention": "fused",
+    "adaptive": True,
+    "profile": "no-such-profile.json",
     "schedule": "lockstep",
     "host_memory_gb": 0.25,
 }

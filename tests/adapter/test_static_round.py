@@ -48,6 +48,18 @@ def test_padding_has_nothing_of_an_earlier_round(static: StaticRound) -> None:
     assert addresses == {name: tensor.data_ptr() for name, tensor in vars(static).items() if torch.is_tensor(tensor)}
 
 
+def test_a_narrow_round_has_nothing_of_a_wide_one(static: StaticRound) -> None:
+    """Tokens of an earlier round behind the last column would be verified, scored and written for nobody."""
+    load(static, 3, 4, seed=0)
+    static.set_chain(torch.full((3, WIDTH), 5), 4)
+    rows = torch.ones(3, dtype=torch.int64)
+    wide = torch.ones(3, WIDTH, dtype=torch.int64)
+    static.load(rows, rows, wide, wide, None, 4, num_queries=2)
+    static.set_chain(torch.full((3, 2), 7), 4)
+    assert static.num_queries[:4].tolist() == [2, 2, 2, 0]
+    assert static.chain[:4].tolist() == [[7, 7] + [0] * (WIDTH - 2)] * 3 + [[0] * WIDTH]
+
+
 def test_steps_walk_through_the_round(static: StaticRound) -> None:
     """A step that reads another one's position, slot or length drafts from the wrong place, and only costs speed."""
     draft_kv = load(static, 2, 3, seed=2, width=5)

@@ -79,6 +79,17 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         [*SPARSESPEC, "--speculative-num-steps", "100"],
         ["--speculative-num-steps is 100; it must be an integer from 1 to 64."],
     ),
+    "profile_without_adaptive": (
+        [*SPARSESPEC, "--sparsespec-profile", "rounds.json"],
+        [
+            "--sparsespec-profile is 'rounds.json'; it must be left out without --sparsespec-adaptive.",
+            "add --sparsespec",
+        ],
+    ),
+    "adaptive_on_two_ranks": (
+        [*SPARSESPEC, "--sparsespec-adaptive", "--tp-size", "2"],
+        ["--sparsespec-adaptive is True; it must be left out with --tp-size 2.", "Leave it out"],
+    ),
     "stray_option": (
         ["--sparsespec-min-budget", "64"],
         ["--sparsespec-min-budget is 64; it must be left out without --speculative-algorithm SPARSESPEC.", "Add"],
@@ -87,6 +98,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 ACCEPTED = {
     "defaults": SPARSESPEC,
     "matching_num_draft_tokens": [*SPARSESPEC, "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "4"],
+    "adaptive": [*SPARSESPEC, "--sparsespec-adaptive", "--speculative-num-steps", "6"],
     "torch_native": [*SPARSESPEC, "--attention-backend", "torch_native", "--page-size", "16"],
     "without_the_algorithm": [],
 }

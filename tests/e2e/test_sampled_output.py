@@ -7,23 +7,25 @@ holds accepted drafts, residual draws after a rejection and bonus tokens.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.e2e.conftest import TINY_ENV
-from tests.support import workload
+from tests.support import random_steps, workload
 from tests.support.probability_tree import Fit, Sampling, expected_cells, g_test
 from tests.support.server import Server, has_gpu
 from tests.support.teacher import Teacher
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_DRAWS = 4096
 BATCH = 128
 DEPTH = 5
@@ -43,7 +45,10 @@ WRONG = {
 SERVERS = {
     "sampled-drafts": ("--sparsespec-draft-sampling=sampled", "--sparsespec-min-budget=16"),
     "greedy-drafts": ("--sparsespec-draft-sampling=greedy", "--sparsespec-min-budget=1"),
+    # another k every few rounds, and requests that use one draft at most beside those that use all
+    "changing-k": ("--sparsespec-draft-sampling=sampled", "--sparsespec-min-budget=16"),
 }
+LIMITED = {"custom_params": {"sparsespec": {"max_draft_tokens": 1}}}
 BAD_DRAFTS = (
     "--sparsespec-selection=random",
     "--sparsespec-budget-ratio=0.0001",
@@ -53,7 +58,14 @@ BAD_DRAFTS = (
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    env, command = dict(TINY_ENV), None
+    if request.param == "changing-k":
+        env[random_steps.SETTINGS] = "seed=3,every=3"
+        env[random_steps.FILE] = str(tmp_path_factory.mktemp("steps") / "steps")
+        command = [sys.executable, "-m", "tests.support.random_steps"]
     with Server(
         tiny_model,
         "--speculative-algorithm=SPARSESPEC",
@@ -65,7 +77,9 @@ def server(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Server]
         "--skip-server-warmup",
         *BAD_DRAFTS,
         *SERVERS[request.param],
-        env=TINY_ENV,
+        env=env,
+        command=command,
+        cwd=REPOSITORY,
     ) as server:
         yield server
 
@@ -103,12 +117,16 @@ def fit_of(outputs: list[list[int]], teacher: Teacher, sampling: Sampling) -> Fi
 
 
 def draw(server: Server, sampling: Sampling) -> tuple[list[list[int]], Counter[int]]:
-    """NUM_DRAWS outputs of DEPTH tokens, and how many rounds had how many correct drafts."""
+    """NUM_DRAWS or more outputs of DEPTH tokens, and how many rounds had how many correct drafts."""
     params = {**sampling.params, "max_new_tokens": DEPTH, "ignore_eos": True}
+    batch, num_draws = [params, params], NUM_DRAWS
+    if "tests.support.random_steps" in server.command:
+        # half of them are limited, and twice as many tell the wrong distributions apart with room to spare
+        batch, num_draws = [params, {**params, **LIMITED}], 2 * NUM_DRAWS
     outputs: list[list[int]] = []
     histogram: Counter[int] = Counter()
-    for _ in range(NUM_DRAWS // BATCH):
-        for response in server.generate({"input_ids": [PROMPT] * BATCH, "sampling_params": params}):
+    for _ in range(num_draws // BATCH):
+        for response in server.generate({"input_ids": [PROMPT] * BATCH, "sampling_params": batch * (BATCH // 2)}):
             outputs.append(response["output_ids"])
             rounds = response["meta_info"]["spec_correct_drafts_histogram"]
             histogram.update({i: count for i, count in enumerate(rounds) if count})

@@ -158,13 +158,21 @@ def test_floors_keep_what_the_filters_keep(backend: str, device: torch.device, f
         assert_equal(actual, expected)
 
 
+@pytest.mark.parametrize("is_limited", [False, True], ids=["all", "limited"])
 @pytest.mark.parametrize("are_sampled", [True, False], ids=["sampled", "chosen"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("num_steps", "vocab_size"), SHAPES)
 def test_acceptance_equals_that_between_distributions(
-    backend: str, device: torch.device, num_steps: int, vocab_size: int, dtype: torch.dtype, are_sampled: bool
+    backend: str,
+    device: torch.device,
+    num_steps: int,
+    vocab_size: int,
+    dtype: torch.dtype,
+    are_sampled: bool,
+    is_limited: bool,
 ) -> None:
-    """The row where a request stopped, its q, or the rule after the last draft could be another's."""
+    """The row where a request stopped, its q, or the rule after the last draft could be another's; a draft that a limit
+    keeps out was not rejected, so its q must not be taken off."""
     case = Round(num_steps, vocab_size, dtype)
     tokens, probs = case.drawn()
     if not are_sampled:
@@ -172,8 +180,9 @@ def test_acceptance_equals_that_between_distributions(
         # else the chain seldom gets far: a chosen draft stands with probability p
         case.coins *= 0.2
     kept = (probs, case.draft_logits) if are_sampled else (None, None)
-    expected = chunked.accept(tokens, case.target_logits, case.rule, case.coins, case.final_coins, *kept)
-    if vocab_size > 7 and num_steps > 1:
+    limits = torch.arange(NUM_REQS) * 5 % (num_steps + 2) if is_limited else None
+    expected = chunked.accept(tokens, case.target_logits, case.rule, case.coins, case.final_coins, *kept, limits)
+    if vocab_size > 7 and num_steps > 1 and not is_limited:
         assert {1, num_steps + 1} < set(expected.accept_lens.tolist()), "stops at the start and later, and none at all"
     moved = [None if tensor is None else tensor.to(device) for tensor in kept]
     actual = from_logits.accept(
@@ -183,6 +192,7 @@ def test_acceptance_equals_that_between_distributions(
         case.coins.to(device),
         case.final_coins.to(device),
         *moved,
+        None if limits is None else limits.to(device),
     )
     assert_equal(actual, expected)
 

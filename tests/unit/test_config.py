@@ -29,6 +29,9 @@ VALID: list[tuple[str, Any]] = [
     ("host_memory_gb", 0),
     ("host_memory_gb", 0.5),
     ("host_memory_gb", 2000),
+    ("adaptive", True),
+    ("adaptive", False),
+    ("profile", None),
     *(("selection", choice) for choice in cfg.SELECTIONS),
     *(("granularity", choice) for choice in cfg.GRANULARITIES),
     *(("sharing", choice) for choice in cfg.SHARINGS),
@@ -46,6 +49,11 @@ INVALID: list[tuple[str, Any, str]] = [
     ("num_steps", True, "--speculative-num-steps"),
     ("num_steps", "8", "--speculative-num-steps"),
     ("num_steps", None, "--speculative-num-steps"),
+    ("adaptive", 1, "--sparsespec-adaptive"),
+    ("adaptive", "on", "--sparsespec-adaptive"),
+    ("adaptive", None, "--sparsespec-adaptive"),
+    # only with adaptive
+    ("profile", "rounds.json", "--sparsespec-profile"),
     ("budget_ratio", 0, "--sparsespec-budget-ratio"),
     ("budget_ratio", -0.1, "--sparsespec-budget-ratio"),
     ("budget_ratio", 1.0001, "--sparsespec-budget-ratio"),
@@ -149,3 +157,20 @@ def test_config_error_is_a_value_error() -> None:
     """SGLang reports ValueErrors of argument resolution to the user; another base would end in a traceback."""
     assert issubclass(ConfigError, ValueError)
     assert issubclass(ConfigError, SparseSpecError)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "choices"),
+    [
+        (1, (0, 1)),
+        (2, (0, 1, 2)),
+        (3, (0, 1, 2, 3)),
+        (5, (0, 1, 2, 4, 5)),
+        (8, (0, 1, 2, 4, 8)),
+        (64, (0, 1, 2, 4, 8, 16, 32, 64)),
+    ],
+)
+def test_step_choices_are_few_and_end_at_k(num_steps: int, choices: tuple[int, ...]) -> None:
+    """Each choice is a graph per batch size; without 0 there is no plain decoding, without k no fixed one."""
+    assert SparseSpecConfig(num_steps=num_steps, adaptive=True).step_choices == choices
+    assert SparseSpecConfig(num_steps=num_steps).step_choices == (num_steps,)

@@ -27,6 +27,7 @@ def sample_rows(
     coins: torch.Tensor,
     *,
     steps: torch.Tensor | None = None,
+    draft_steps: torch.Tensor | None = None,
     is_greedy: torch.Tensor | None = None,
     draft_logits: torch.Tensor | None = None,
     draft_stats: RowStats | None = None,
@@ -34,9 +35,9 @@ def sample_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The first token at which the cumulative mass of a request's row exceeds ``coins[r] * total``, in index order.
 
-    With ``p = softmax(logits[r, steps[r]] / T)`` the mass is p, or, where there are K drafts and ``steps[r] < K``,
-    ``max(p - q, 0)``, where q is what draft ``steps[r]`` was sampled from: ``softmax(draft_logits[r, steps[r]] / T)``,
-    or one-hot at ``draft_tokens[r, steps[r]]`` for a draft that was chosen. If that is 0 everywhere, the mass is p.
+    With ``p = softmax(logits[r, steps[r]] / T)`` the mass is p, or, where there are K drafts and ``d = draft_steps[r]``
+    is below K, ``max(p - q, 0)``, where q is what the rejected draft d was sampled from: ``softmax(draft_logits[r, d] /
+    T)``, or one-hot at ``draft_tokens[r, d]`` for a draft that was chosen. If that is 0 everywhere, the mass is p.
     Probabilities are float32, their sums float64. On CUDA nothing waits for the device.
 
     Args:
@@ -45,9 +46,11 @@ def sample_rows(
         temperatures: [R], float32, positive.
         coins: [R], float64 or float32, in [0, 1).
         steps: [R], int32 or int64, in [0, W); larger ones count as W - 1. None: row 0.
+        draft_steps: [R], int32 or int64, not negative: the draft that was rejected; K or more: none was. None: as
+            `steps`.
         is_greedy: [R], bool: p and the q of `draft_logits` are one-hot at the argmax.
         draft_logits: [R, K, V], floating, likewise.
-        draft_stats: with `draft_logits`, each [R]: ``row_stats(draft_logits, temperatures, steps=steps)``.
+        draft_stats: with `draft_logits`, each [R]: ``row_stats(draft_logits, temperatures, steps=draft_steps)``.
         draft_tokens: [R, K], int32 or int64, in the place of `draft_logits`.
 
     Returns:
@@ -74,6 +77,8 @@ def sample_rows(
     if drafts is not None:
         if steps is None:
             raise ValueError("steps: expected a tensor together with drafts, got None.")
+        draft_steps = steps if draft_steps is None else draft_steps
+        check_index("draft_steps", draft_steps, (num_reqs,), logits.device)
         if drafts.dim() > 1 and drafts.shape[1] == 0:
             raise ValueError(f"drafts: expected None or at least one per request, got shape {list(drafts.shape)}.")
     if (draft_logits is None) != (draft_stats is None):
@@ -91,6 +96,7 @@ def sample_rows(
         check_index("draft_tokens", draft_tokens, (num_reqs, None), logits.device)
     options: dict[str, Any] = {
         "steps": steps,
+        "draft_steps": draft_steps,
         "is_greedy": is_greedy,
         "draft_logits": draft_logits,
         "draft_stats": draft_stats,

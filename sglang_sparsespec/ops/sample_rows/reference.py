@@ -19,6 +19,7 @@ def sample_rows_reference(
     coins: torch.Tensor,
     *,
     steps: torch.Tensor | None,
+    draft_steps: torch.Tensor | None,
     is_greedy: torch.Tensor | None,
     draft_logits: torch.Tensor | None,
     draft_stats: RowStats | None,
@@ -29,13 +30,13 @@ def sample_rows_reference(
     p = _probs(rows_at(logits, steps), stats_at(stats, steps), temperatures, is_greedy)
     mass = p
     drafts = draft_tokens if draft_logits is None else draft_logits
-    if drafts is not None:
+    if drafts is not None and draft_steps is not None:
         if draft_stats is not None:
-            q = _probs(rows_at(drafts, steps), draft_stats, temperatures, is_greedy)
+            q = _probs(rows_at(drafts, draft_steps), draft_stats, temperatures, is_greedy)
         else:
-            q = torch.zeros_like(p).scatter_(1, rows_at(drafts, steps).to(torch.int64).unsqueeze(1), 1.0)
+            q = torch.zeros_like(p).scatter_(1, rows_at(drafts, draft_steps).to(torch.int64).unsqueeze(1), 1.0)
         residual = (p - q).clamp(min=0.0)
-        was_rejected = steps < drafts.shape[1]
+        was_rejected = draft_steps < drafts.shape[1]
         takes_residual = was_rejected & (residual.sum(dim=1) > 0)
         mass = torch.where(takes_residual.unsqueeze(1), residual, p)
 

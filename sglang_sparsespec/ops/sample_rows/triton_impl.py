@@ -53,6 +53,7 @@ def _tile_masses(
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
+    draft_steps_ptr,
     is_greedy_ptr,
     stride_r,
     stride_w,
@@ -92,12 +93,12 @@ def _tile_masses(
         HAS_FLOORS,
     )
     b_left = b_p
-    # a condition of compilation and one of the device do not join
-    if DRAFTS != "none":  # noqa: SIM102
-        if step < num_drafts:
+    if DRAFTS != "none":
+        draft_step = tl.maximum(tl.load(draft_steps_ptr + i_r).to(tl.int64), 0)
+        if draft_step < num_drafts:
             if DRAFTS == "logits":
                 b_q = _row_probs(
-                    draft_logits_ptr + i_r * stride_draft_r + step * stride_draft_k,
+                    draft_logits_ptr + i_r * stride_draft_r + draft_step * stride_draft_k,
                     o_v,
                     vocab_size,
                     tl.load(draft_top_ptr + i_r),
@@ -109,7 +110,7 @@ def _tile_masses(
                     HAS_FLOORS,
                 )
             else:
-                chosen = tl.load(draft_tokens_ptr + i_r * stride_tokens_r + step * stride_tokens_k)
+                chosen = tl.load(draft_tokens_ptr + i_r * stride_tokens_r + draft_step * stride_tokens_k)
                 b_q = (o_v == chosen).to(tl.float32)
             b_left = tl.maximum(b_p - b_q, 0.0)
     return b_p, b_left
@@ -133,6 +134,7 @@ def _mass_kernel(
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
+    draft_steps_ptr,
     is_greedy_ptr,
     stride_r,
     stride_w,
@@ -168,6 +170,7 @@ def _mass_kernel(
         draft_tokens_ptr,
         temperatures_ptr,
         steps_ptr,
+        draft_steps_ptr,
         is_greedy_ptr,
         stride_r,
         stride_w,
@@ -220,6 +223,7 @@ def _pick_kernel(
     draft_tokens_ptr,
     temperatures_ptr,
     steps_ptr,
+    draft_steps_ptr,
     is_greedy_ptr,
     stride_r,
     stride_w,
@@ -267,6 +271,7 @@ def _pick_kernel(
         draft_tokens_ptr,
         temperatures_ptr,
         steps_ptr,
+        draft_steps_ptr,
         is_greedy_ptr,
         stride_r,
         stride_w,
@@ -295,6 +300,7 @@ def sample_rows_triton(
     coins: torch.Tensor,
     *,
     steps: torch.Tensor | None = None,
+    draft_steps: torch.Tensor | None = None,
     is_greedy: torch.Tensor | None = None,
     draft_logits: torch.Tensor | None = None,
     draft_stats: RowStats | None = None,
@@ -309,6 +315,7 @@ def sample_rows_triton(
         return tokens, probs
     num_tiles = triton.cdiv(vocab_size, block)
     drafts = draft_tokens if draft_logits is None else draft_logits
+    rejected = steps if draft_steps is None else draft_steps
     # what is not there is not read: any pointer will do
     rows = (
         logits,
@@ -318,6 +325,7 @@ def sample_rows_triton(
         tokens if draft_tokens is None else draft_tokens,
         temperatures.contiguous(),
         tokens if steps is None else steps.contiguous(),
+        tokens if rejected is None else rejected.contiguous(),
         tokens if is_greedy is None else is_greedy.contiguous(),
         logits.stride(0),
         logits.stride(1),

@@ -151,6 +151,26 @@ def test_accept_chain_treats_rows_apart() -> None:
             assert torch.equal(alone.accept_tokens, together.accept_tokens[one])
 
 
+@pytest.mark.parametrize("rule", ["greedy", "chain, sampled drafts", "chain, chosen drafts", "simulated"])
+def test_limits_cut_what_would_stand(rule: str) -> None:
+    """A limit that counts the bonus token, or one that lets a draft behind it decide the bonus."""
+    drafts = torch.tensor([[5, 6, 7]] * 6)
+    # the fourth row is rejected before its limit
+    target = torch.tensor([[5, 6, 7, 8]] * 3 + [[5, 1, 7, 8]] + [[5, 6, 7, 8]] * 2)
+    limits = torch.tensor([0, 1, 2, 2, 3, 99])
+    if rule == "greedy":
+        result = accept_greedy(drafts, target, limits)
+    elif rule == "simulated":
+        result = accept_simulated(drafts, torch.tensor([5, 6, 7, 1, 8, 8]), torch.tensor([3, 3, 3, 1, 3, 3]), limits)
+    else:
+        draft_probs = torch.full((6, 3, 9), 1 / 9) if rule == "chain, sampled drafts" else None
+        one_hot = _one_hot(target.tolist(), 9)
+        result = accept_chain(drafts, one_hot, torch.rand(6, 3), torch.rand(6), draft_probs, limits)
+    _check_layout(result, drafts)
+    assert result.accept_lens.tolist() == [1, 2, 3, 2, 4, 4]
+    assert result.bonus_tokens.tolist() == [5, 6, 7, 1, 8, 8]
+
+
 def test_accept_simulated_takes_the_number_it_is_given() -> None:
     """Without it, a benchmark at a set accept length could run at another, or index past the chain."""
     drafts = torch.tensor([[1, 2, 3]] * 5)

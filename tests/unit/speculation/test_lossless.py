@@ -281,3 +281,43 @@ def test_the_test_rejects_a_bonus_coin_shared_with_the_acceptance() -> None:
     models = _models(8, filters="none", mismatch=0.5)
     tokens, _ = _generate(models, accept_chain, num_tokens=2, shared_coin=True)
     assert _joint_pvalue(models, tokens) < THRESHOLD
+
+
+LIMITS = torch.arange(NUM_REQS) % (NUM_STEPS + 1)
+
+
+def _limited(mistake: str | None = None) -> Rule:
+    """accept_chain with limits that differ from request to request; or a limit taken for a rejection, planted."""
+
+    def rule(
+        drafts: torch.Tensor, p: torch.Tensor, coins: torch.Tensor, final_coins: torch.Tensor, q: torch.Tensor | None
+    ) -> Acceptance:
+        if mistake is None:
+            return accept_chain(drafts, p, coins, final_coins, q, LIMITS)
+        # coins that nothing beats reject the draft at the limit
+        beyond = torch.arange(drafts.shape[1]) >= LIMITS[:, None]
+        return accept_chain(drafts, p, coins.masked_fill(beyond, 1e9), final_coins, q)
+
+    return rule
+
+
+@pytest.mark.parametrize("drafting", ["sampled", "argmax", "arbitrary"])
+@pytest.mark.parametrize("filters", ["none", "all"])
+def test_limits_keep_the_targets_distribution(drafting: str, filters: str) -> None:
+    """A request that is limited must not avoid, or prefer, the token that was drafted where it stops."""
+    models = _models(8, filters=filters, mismatch=0.5)
+    tokens, accept_lens = _generate(models, _limited(), num_tokens=2, drafting=drafting)
+    assert (accept_lens <= LIMITS + 1).all()
+    assert (accept_lens[LIMITS == NUM_STEPS] == NUM_STEPS + 1).any() or drafting == "arbitrary"
+    assert _first_pvalue(models, tokens) > THRESHOLD
+    assert _joint_pvalue(models, tokens) > THRESHOLD
+    # of those that may use no draft at all, alone: a fault in a quarter of the requests would be diluted
+    assert _first_pvalue(models, tokens[LIMITS == 0]) > THRESHOLD
+
+
+@pytest.mark.parametrize("drafting", ["sampled", "argmax"])
+def test_the_test_rejects_a_limit_taken_for_a_rejection(drafting: str) -> None:
+    """Power: the residual in the place of the target where a request stops by its own wish."""
+    models = _models(8, filters="none", mismatch=0.5)
+    tokens, _ = _generate(models, _limited("residual"), num_tokens=2, drafting=drafting)
+    assert _first_pvalue(models, tokens[LIMITS == 0]) < THRESHOLD

@@ -82,11 +82,12 @@ def test_split_results_have_room_at_every_batch_size(
 ) -> None:
     """Splits depend on the batch, and a smaller batch may split more: the largest is not always the most."""
     model = QWEN3_8B._replace(num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
-    shape = rounds(200, num_sms=num_sms, num_steps=num_steps)
+    narrower = tuple(range(1, num_steps + 1))
+    shape = rounds(200, num_sms=num_sms, num_steps=num_steps, narrower=narrower)
     room = memory._split_bytes(model, shape, shape.max_reqs)
     group = num_q_heads // num_kv_heads
     for num_reqs in range(1, shape.max_reqs + 1):
-        for num_rows in (group, group * shape.width):
+        for num_rows in (group, *(group * width for width in (*narrower, shape.width))):
             programs = num_reqs * num_kv_heads * _launch.num_row_tiles(num_rows)
             splits = _launch.choose_splits(programs, 10**6, 32, num_sms)
             # a log-sum-exp in any case, an output where it is split
@@ -127,6 +128,10 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     fewer = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4]), 370_000)
     assert 4 * 9 * 151936 * 2 < fewer.forward < full.forward / 4
     assert fewer.graphs == 2 * 4 * memory.GRAPH_BYTES
+    # a draft and five verifies of each size, the widest of which are the size of the one there was
+    adaptive = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4], narrower=(1, 2, 3, 5)), 370_000)
+    assert adaptive.graphs == 6 * 4 * memory.GRAPH_BYTES
+    assert dataclasses.replace(adaptive, graphs=fewer.graphs) == fewer
 
 
 def test_wide_groups_count_their_score_planes() -> None:

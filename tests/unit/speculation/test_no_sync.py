@@ -108,7 +108,10 @@ def _cases(device: str) -> Iterator[tuple[str, Callable[[], list[torch.Tensor]]]
                     ),
                 )
     yield "sample", lambda: [sample(probs[:, 0], final_coins)]
+    limits = torch.tensor([0, 1, 2, 3, 9]).to(device)
     yield "greedy", lambda: list(accept_greedy(drafts, targets))
+    yield "greedy, limited", lambda: list(accept_greedy(drafts, targets, limits))
+    yield "chain, limited", lambda: list(accept_chain(drafts, probs, coins, final_coins, draft_probs, limits))
     yield "chain", lambda: list(accept_chain(drafts, probs, coins, final_coins, draft_probs))
     yield "chain, chosen drafts", lambda: list(accept_chain(drafts, probs, coins, final_coins, None))
     filters = {"need_top_k": True, "need_top_p": True, "need_min_p": True}

@@ -1,0 +1,147 @@
+"""How many drafts the next round makes: what the controller wants or the server is set to, as its requests allow.
+
+Times are the host's, from the arrival of one round's results to the next one's. The host gets results by waiting for
+the device, so in a steady state that is what a round takes, whether the device or the host is the slower; CUDA events
+would leave out the gaps between rounds, which short rounds pay more often. Nothing waits for the device for this.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_sparsespec.request_options import draft_limit
+from sglang_sparsespec.speculation import profile
+from sglang_sparsespec.speculation.controller import Controller, Round, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sglang.srt.managers.schedule_batch import Req
+
+    from sglang_sparsespec.config import SparseSpecConfig
+
+logger = logging.getLogger(__name__)
+
+SAVE_EVERY_S = 60.0
+# results of rounds that nobody will see: SGLang drops none that we know of
+_MAX_IN_FLIGHT = 8
+
+
+class StepPlan(NamedTuple):
+    """k of a round, and whose drafts stop earlier."""
+
+    num_steps: int
+    """k; 0 is a plain decode."""
+    limits: list[int] | None
+    """Drafts of each request that may stand, at most k; None: all k of all requests."""
+
+    def limits_on(self, device: str) -> torch.Tensor | None:
+        """[num_reqs], int64; the copy does not wait for the device."""
+        if self.limits is None:
+            return None
+        host = torch.tensor(self.limits, dtype=torch.int64)
+        return host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host.to(device)
+
+
+class RoundSteps:
+    """Chooses k, round by round. Every part of a round takes any k from 0, plain decoding, to `max_steps`.
+
+    Args:
+        config: of the server.
+        identity: of the server, for its profile.
+        clock: seconds.
+
+    Raises:
+        ConfigError: the profile is of another server, or none.
+    """
+
+    def __init__(
+        self,
+        config: SparseSpecConfig,
+        identity: profile.Identity | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.max_steps = config.num_steps
+        self.controller = Controller(config.step_choices) if config.adaptive else None
+        self._profile, self._identity = config.profile, identity or {}
+        self.is_warm = False
+        if self.controller is not None and self._profile is not None:
+            self.is_warm = profile.load(self._profile, self._identity, self.controller)
+        self._clock = clock
+        self._in_flight: deque[tuple[Round, bool]] = deque()
+        self._is_steady = False
+        self._arrived: float | None = None
+        self._saved = clock()
+
+    def next_round(self, reqs: Sequence[Req], pool_tokens: int) -> StepPlan:
+        """The plan of the round that is about to start, for `reqs` with `pool_tokens` of KV as the host knows."""
+        chosen = self.wanted(pool_tokens, [self.limit_of(req) for req in reqs])
+        self._in_flight.append((chosen, self._is_steady))
+        self._is_steady = True
+        if len(self._in_flight) > _MAX_IN_FLIGHT:
+            self._in_flight.popleft()
+        is_limited = min(chosen.allowed) < chosen.num_steps
+        return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None)
+
+    def limit_of(self, req: Req) -> int:
+        """Drafts of a request that may stand."""
+        # validated before it came here (patches/requests.py)
+        limit = draft_limit(req.sampling_params.custom_params)
+        return self.max_steps if limit is None else min(limit, self.max_steps)
+
+    def wanted(self, pool_tokens: int, limits: Sequence[int]) -> Round:
+        """The round to make, for requests with these limits."""
+        if self.controller is not None:
+            return self.controller.choose(pool_tokens, limits)
+        return round_of(self.max_steps, pool_tokens, limits)
+
+    def interrupted(self) -> None:
+        """Something else runs before the next round: what passes until its results arrive is not its time."""
+        self._is_steady = False
+
+    def verified(self, num_correct: Sequence[int]) -> None:
+        """Results of the oldest round in flight have arrived on the host."""
+        arrived, before = self._clock(), self._arrived
+        self._arrived = arrived
+        if self.controller is None or not self._in_flight:
+            return
+        done, is_steady = self._in_flight.popleft()
+        if len(done.allowed) != len(num_correct):
+            # not ours: forget what is in flight rather than mix rounds up
+            self._in_flight.clear()
+            return
+        round_ms = 1e3 * (arrived - before) if is_steady and before is not None else None
+        self.controller.observe(done, num_correct, round_ms)
+        if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
+            self._saved = arrived
+            self._save(self._profile, self.controller)
+
+    def _save(self, path: str, controller: Controller) -> None:
+        try:
+            profile.save(path, self._identity, controller)
+        except OSError as error:
+            # a full disk is no reason to stop serving
+            self._profile = None
+            logger.warning("SPARSESPEC: --sparsespec-profile %s cannot be written any more: %s", path, error)
+
+    @property
+    def status(self) -> Status | None:
+        """Of the controller; None where k is fixed."""
+        return None if self.controller is None else self.controller.status
+
+    def describe(self) -> dict[str, Any]:
+        """For /server_info."""
+        if self.controller is None:
+            return {"adaptive": False, "num_steps": self.max_steps}
+        return {"adaptive": True, **profile.describe(self.controller)}
+
+
+def round_of(num_steps: int, pool_tokens: int, limits: Sequence[int]) -> Round:
+    """A round of `num_steps` drafts, or as many as the requests allow."""
+    num_steps = min(num_steps, max(limits))
+    return Round(num_steps, pool_tokens, tuple(min(limit, num_steps) for limit in limits))

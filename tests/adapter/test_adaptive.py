@@ -1,0 +1,236 @@
+"""Between SGLang's rounds and the controller: which outcome belongs to which round, and which times count."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
+
+
+class Clock:
+    """Seconds that pass when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def requests(*limits: int | None) -> list[Any]:
+    """As much of Req as is read: requests that allow so many drafts."""
+    return [
+        SimpleNamespace(
+            sampling_params=SimpleNamespace(
+                custom_params=None if limit is None else {"sparsespec": {"max_draft_tokens": limit}}
+            )
+        )
+        for limit in limits
+    ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_steps", "planned"),
+    [
+        ([None, None], 8, None),
+        ([None, 3], 8, [8, 3]),
+        ([2, 3], 3, [2, 3]),
+        ([2, 2], 2, None),
+        ([0, 0], 0, None),
+        ([100, None], 8, None),
+    ],
+    ids=str,
+)
+def test_a_round_drafts_no_more_than_its_requests_may_use(
+    limits: list[int | None], num_steps: int, planned: list[int] | None
+) -> None:
+    """Drafts that nobody may use cost their steps; one request's limit must not be another's."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    plan = RoundSteps(SparseSpecConfig()).next_round(requests(*limits), 1000)
+    assert (plan.num_steps, plan.limits) == (num_steps, planned)
+    tensor = plan.limits_on("cpu")
+    assert (None if tensor is None else tensor.tolist()) == planned
+
+
+@pytest.fixture
+def observed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, list[int], float | None]]:
+    """What the controller is told."""
+    from sglang_sparsespec.speculation.controller import Controller
+
+    calls: list[tuple[Any, list[int], float | None]] = []
+    monkeypatch.setattr(Controller, "observe", lambda self, *args: calls.append(args))
+    return calls
+
+
+def test_times_are_those_between_results(observed: list[Any]) -> None:
+    """Under the overlap scheduler a result arrives when the next round is launched; a prefill is no round's time."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    clock = Clock()
+    steps = RoundSteps(SparseSpecConfig(adaptive=True), clock=clock)
+    steps.interrupted()
+    for pool in range(3):
+        steps.next_round(requests(None, None), pool)
+        if pool > 0:
+            clock.now += 0.02
+            steps.verified([1, 2])
+    # a prefill is launched behind round 2, whose results arrive before it runs
+    steps.interrupted()
+    clock.now += 0.03
+    steps.verified([3, 4])
+    steps.next_round(requests(None, None), 3)
+    clock.now += 5.0
+    steps.verified([5, 6])
+    steps.next_round(requests(None, None), 4)
+    clock.now += 0.04
+    steps.verified([7, 8])
+    assert [done.pool_tokens for done, _, _ in observed] == [0, 1, 2, 3, 4]
+    assert [num_correct for _, num_correct, _ in observed] == [[1, 2], [1, 2], [3, 4], [5, 6], [7, 8]]
+    times = [None if ms is None else round(ms) for _, _, ms in observed]
+    # the first follows a prefill, as does the fourth
+    assert times == [None, 20, 30, None, 40]
+
+
+def test_results_that_are_not_ours_are_not_mixed_up(observed: list[Any]) -> None:
+    """A result of another size belongs to another round: all pairs after it would be wrong."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    steps = RoundSteps(SparseSpecConfig(adaptive=True), clock=Clock())
+    steps.next_round(requests(None), 1)
+    steps.next_round(requests(None, None), 2)
+    steps.verified([1, 1])
+    assert observed == []
+    steps.verified([1])
+    steps.next_round(requests(None), 3)
+    steps.verified([1])
+    assert [done.pool_tokens for done, _, _ in observed] == [3]
+
+
+def test_a_profile_is_written_now_and_then_and_read_at_start(tmp_path: Path) -> None:
+    """Learnt and lost, or written every round."""
+    from sglang_sparsespec.adapter.adaptive import SAVE_EVERY_S, RoundSteps
+
+    path, clock = tmp_path / "rounds.json", Clock()
+    config = SparseSpecConfig(adaptive=True, profile=str(path))
+    steps = RoundSteps(config, {"card": "H100"}, clock)
+    assert not steps.is_warm
+    for _ in range(10):
+        steps.next_round(requests(None), 100)
+        clock.now += SAVE_EVERY_S / 12
+        steps.verified([1])
+    assert not path.exists()
+    steps.next_round(requests(None), 100)
+    clock.now += SAVE_EVERY_S / 3
+    steps.verified([1])
+    assert path.exists()
+    assert RoundSteps(config, {"card": "H100"}, clock).is_warm
+    with pytest.raises(ConfigError, match=r"rounds\.json: card is 'H100'; it must be 'H200'"):
+        RoundSteps(config, {"card": "H200"}, clock)
+
+
+def test_a_profile_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A full disk must not end a server, nor fill its log."""
+    from sglang_sparsespec.adapter.adaptive import SAVE_EVERY_S, RoundSteps
+
+    folder, clock = tmp_path / "gone", Clock()
+    folder.mkdir()
+    steps = RoundSteps(SparseSpecConfig(adaptive=True, profile=str(folder / "rounds.json")), clock=clock)
+    folder.rmdir()
+    for _ in range(4):
+        steps.next_round(requests(None), 100)
+        clock.now += 2 * SAVE_EVERY_S
+        steps.verified([1])
+    assert caplog.text.count("cannot be written any more") == 1
+
+
+def test_adaptive_on_several_ranks_is_refused(server_args: Callable[..., Any]) -> None:
+    """Each rank has its own clock; ranks that disagree on k hang in the next collective."""
+    with pytest.raises(ConfigError, match=r"^--sparsespec-adaptive is True; it must be left out with --tp-size 2\. "):
+        server_args(sparsespec_adaptive=True, tp_size=2)
+
+
+def test_a_bad_profile_is_refused_before_anything_is_loaded(server_args: Callable[..., Any], tmp_path: Path) -> None:
+    """The scheduler would find out after minutes of loading."""
+    (tmp_path / "rounds.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^--sparsespec-profile is "):
+        server_args(sparsespec_adaptive=True, sparsespec_profile=str(tmp_path / "rounds.json"))
+
+
+def test_the_identity_names_what_rounds_cost_by(server_args: Callable[..., Any]) -> None:
+    """A profile of another model, dtype or policy would pass for this one's."""
+    import torch
+
+    from sglang_sparsespec.adapter.memory import identity
+
+    args = server_args(sparsespec_adaptive=True)
+    model, cpu = args.get_model_config(), torch.device("cpu")
+    base = identity(model, args.sparsespec_config, "torch_native", cpu)
+    assert base["card"] == "cpu"
+    assert base["architecture"] == "Qwen3ForCausalLM"
+    other = identity(model, SparseSpecConfig(selection="window", num_steps=4), "triton", cpu)
+    assert {name for name in base if base[name] != other[name]} == {"selection", "num_steps", "attention_backend"}
+
+
+def test_server_info_shows_what_was_decided() -> None:
+    """k changes while a server runs; its options do not show it."""
+    from sglang_sparsespec.patches.server_info import add_decisions
+
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    steps = RoundSteps(SparseSpecConfig(adaptive=True))
+    for worker, expected in (
+        (SimpleNamespace(describe_rounds=steps.describe), {"version": 1, "sparsespec": steps.describe()}),
+        (SimpleNamespace(), {"version": 1}),
+    ):
+        output = SimpleNamespace(internal_state={"version": 1})
+        scheduler: Any = SimpleNamespace(model_worker=worker)
+        shown: Any = add_decisions(lambda scheduler, request, output=output: output, scheduler, None)  # type: ignore[arg-type]
+        assert shown.internal_state == expected
+    assert steps.describe()["num_steps"] == 8
+    assert RoundSteps(SparseSpecConfig(num_steps=3)).describe() == {"adaptive": False, "num_steps": 3}
+
+
+def test_the_log_line_and_gauges_say_k_and_why(
+    server_args: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator who cannot see why drafting is off turns it off for good."""
+    from sglang_sparsespec.adapter.metrics import RoundMetrics
+    from sglang_sparsespec.speculation.controller import Status
+
+    metrics = RoundMetrics(server_args(decode_log_interval=1), 8, is_reporting_rank=True, is_fused=True)
+    gauges: dict[str, list[float]] = {}
+    metrics._gauges = _Recorder(gauges)  # type: ignore[assignment]
+    metrics.watch(lambda: Status(2, "the fastest by the cost model", 1.5, None))
+    with caplog.at_level("INFO"):
+        metrics.plan([100], [10])
+        metrics.verified([1])
+    assert "k 2 (the fastest by the cost model), over plain decoding 1.50 expected, unknown measured" in caplog.text
+    assert gauges["num_steps"] == [2]
+    assert gauges["predicted_speedup"] == [1.5]
+    assert gauges["measured_speedup"] == [0.0]
+    metrics.watch(lambda: None)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        metrics.verified([1])
+    assert "over plain decoding" not in caplog.text
+
+
+class _Recorder:
+    """Stands in for the dictionary of gauges."""
+
+    def __init__(self, values: dict[str, list[float]]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> Any:
+        return SimpleNamespace(set=lambda value: self._values.setdefault(name, []).append(value))

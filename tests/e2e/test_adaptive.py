@@ -1,0 +1,71 @@
+"""A server that chooses k for itself: same answers, and everybody can see what it chose and why."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import requests
+
+from tests.e2e.conftest import TINY_ENV
+from tests.support import workload
+from tests.support.server import Server
+from tests.support.workload import assert_greedy_parity, concurrently, greedy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.workload import ParityRecord
+
+pytestmark = pytest.mark.slow
+
+OURS = "--speculative-algorithm SPARSESPEC --sparsespec-adaptive --speculative-num-steps 6 --skip-server-warmup"
+MORE = "--sparsespec-min-budget 32 --sparsespec-verify-attention fused --cuda-graph-bs-decode 4 16 --enable-metrics"
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("profile") / "rounds.json"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, parity_record: ParityRecord, profile: Path) -> Iterator[Server]:
+    # parity_record first: the reference server is gone before this one starts
+    args = [*OURS.split(), *MORE.split(), "--sparsespec-profile", str(profile)]
+    with Server(tiny_model, *args, env=TINY_ENV) as server:
+        yield server
+
+
+def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: ParityRecord, profile: Path) -> None:
+    """A controller that is never asked, or never told; or one that changes answers.
+
+    What it decides depends on the machine, so that it decides at all is what is checked.
+    """
+    exchanges = parity_record.base * 2
+    assert_greedy_parity(exchanges, concurrently(server, [e.payload for e in exchanges], stagger_s=0.05))
+    # enough rounds without a prefill in between
+    long = [greedy(workload.random_ids(100 + i, seed=900 + i), 300) for i in range(4)]
+    outputs = concurrently(server, long)
+    assert [len(output["output_ids"]) for output in outputs] == [300] * 4
+    server.idle_check()
+
+    shown = server.get("/server_info")["internal_states"][0]["sparsespec"]
+    assert shown["adaptive"] is True
+    assert shown["num_steps"] in (0, 1, 2, 4, 6)
+    assert shown["reason"] in ("the fastest by the cost model", "drafting does not pay"), shown
+    assert shown["predicted_speedup"] >= 1 / 1.02
+    assert shown["measured_speedup"] > 0
+    assert len(shown["survival"]) == 6
+    assert shown["terms_by_batch"]
+
+    text = requests.get(server.url + "/metrics", timeout=60).text
+    for name in ("num_steps", "predicted_speedup", "measured_speedup"):
+        assert f"sglang:sparsespec_{name}{{" in text
+    assert "over plain decoding" in server.log_text()
+    # plain decoding was looked at, and drafts were made
+    used = [output["meta_info"]["spec_correct_drafts_histogram"] for output in outputs]
+    assert any(sum(histogram[1:]) for histogram in used)
+    if profile.exists():  # written every minute
+        assert json.loads(profile.read_text())["identity"]["num_steps"] == "6"

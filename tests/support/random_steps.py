@@ -1,0 +1,72 @@
+"""A server that changes k at random: `python -m tests.support.random_steps` takes the server's arguments.
+
+SPARSESPEC_TEST_STEPS="seed=1,every=3": after 1 to `every` rounds the next ones get another k, 0 to K, 0 and K more
+often than the rest. SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file. Schedulers import the main
+module again when they start, so they do alike.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import runpy
+from pathlib import Path
+from typing import Any
+
+SETTINGS = "SPARSESPEC_TEST_STEPS"
+FILE = "SPARSESPEC_TEST_STEPS_FILE"
+
+
+def chosen(file: Path) -> list[int]:
+    """k of every round so far."""
+    return [int(line) for line in file.read_text().splitlines()]
+
+
+def install(settings: str, file: Path) -> None:
+    """Replace the choice of k in this process."""
+    from sglang_sparsespec.adapter import adaptive
+
+    given = dict(part.split("=") for part in settings.split(","))
+    rng = random.Random(int(given["seed"]))
+    left, steps = 0, 0
+
+    def wanted(self: Any, pool_tokens: int, limits: Any) -> Any:
+        nonlocal left, steps
+        if left == 0:
+            left = rng.randint(1, int(given["every"]))
+            steps = rng.choice([0, self.max_steps, rng.randint(0, self.max_steps)])
+        left -= 1
+        return adaptive.round_of(steps, pool_tokens, limits)
+
+    allowed = adaptive.RoundSteps.next_round
+
+    def next_round(self: Any, *args: Any, **kwargs: Any) -> Any:
+        plan = allowed(self, *args, **kwargs)
+        with file.open("a") as out:
+            out.write(f"{plan.num_steps}\n")
+        return plan
+
+    adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
+    adaptive.RoundSteps.next_round = next_round  # type: ignore[method-assign]
+
+
+def install_late(settings: str, file: Path) -> None:
+    """SGLang loads plugins before it asks for the worker; importing the adapter here would be too early for that."""
+    from sglang.srt.speculative import spec_registry
+
+    create = spec_registry.CustomSpecAlgo.create_worker
+
+    def create_and_install(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = create(self, *args, **kwargs)
+        spec_registry.CustomSpecAlgo.create_worker = create
+        install(settings, file)
+        return made
+
+    spec_registry.CustomSpecAlgo.create_worker = create_and_install
+
+
+if __name__ in ("__main__", "__mp_main__") and SETTINGS in os.environ:
+    install_late(os.environ[SETTINGS], Path(os.environ[FILE]))
+
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
