@@ -31,6 +31,7 @@ from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
 from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, to_host
 from sglang_sparsespec.kv.policy import MovePolicy, Seniority, leaving_order, may_enter
+from sglang_sparsespec.kv.queues import device_queues
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from sglang_sparsespec.kv.queues import Queues
     from sglang_sparsespec.selection.store import SavedSelection
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Offloader:
         server_args: for priorities and the overlap scheduler.
         state: see RequestState.
         metrics: told of every move.
+        queues: default: those of the model runner's device.
     """
 
     def __init__(
@@ -77,11 +80,12 @@ class Offloader:
         server_args: SparseSpecServerArgs,
         state: RequestState,
         metrics: OffloadMetrics,
+        queues: Queues | None = None,
     ) -> None:
         self._server_args = server_args
         pool = model_runner.token_to_kv_pool
         self._device = model_runner.device
-        self._forward_stream = model_runner.forward_stream
+        self._queues = device_queues(self._device, model_runner.forward_stream) if queues is None else queues
         self._req_to_token_pool = model_runner.req_to_token_pool
         self._allocator = model_runner.token_to_kv_pool_allocator
         buffers = [*pool.k_buffer, *pool.v_buffer]
@@ -103,7 +107,12 @@ class Offloader:
             self._host.num_bytes / 1e9,
             self._host.num_blocks * BLOCK_TOKENS,
         )
-        self._mover = Mover(self._host, lambda: [*pool.k_buffer, *pool.v_buffer], self._device)
+        self._mover = Mover(
+            self._host,
+            lambda: [*pool.k_buffer, *pool.v_buffer],
+            self._queues,
+            is_staged=self._device == "cuda",
+        )
         self._policy = MovePolicy(tokens_per_round=tokens_per_round, pool_tokens=self._allocator.size)
         self._ledger: OffloadLedger[Req] = OffloadLedger(self._host)
         self._state = state
@@ -209,10 +218,10 @@ class Offloader:
             return False
         # a copy: the row is rewritten when it has a new owner
         slots = self._req_to_token_pool.req_to_token[req.req_pool_idx, :num_tokens].to(torch.int64, copy=True)
-        with self._mover.transfer(num_tokens) as transfer:
-            self._mover.copy_out(transfer, slots, blocks)
-            # the round in flight refreshes the selection; the one it leaves behind fits the length we go on from
-            self._mover.wait_for(self._forward_stream)
+        transfer = self._mover.copy_out(slots, blocks)
+        # the round in flight refreshes the selection; the one it leaves behind fits the length we go on from. Among
+        # the rounds, so that slots need not wait for it, and the row's next owner comes later by itself
+        with self._queues.rounds.entered():
             selection = self._state.save(req, to_host)
         self._state.forget(req)
         # SGLang drops results of requests that are marked so
@@ -327,10 +336,7 @@ class Offloader:
         req.last_node = match.last_device_node
         req.cache_protected_len = len(prefix)
         req.kv = ReqKvInfo(kv_allocated_len=len(prefix) + missing, swa_evicted_seqlen=0)
-        with self._mover.transfer(num_tokens - len(prefix)) as transfer:
-            # an earlier owner of these slots may still be writing its drafts there
-            self._mover.wait_for(self._forward_stream)
-            self._mover.copy_in(transfer, slots[: num_tokens - len(prefix)], entry.blocks, start=len(prefix))
+        transfer = self._mover.copy_in(slots[: num_tokens - len(prefix)], entry.blocks, start=len(prefix))
         entry.place, entry.transfer, entry.device_tokens = Place.RETURNING, transfer, self._held_tokens(req)
         return True
 

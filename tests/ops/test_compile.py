@@ -14,6 +14,8 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -96,3 +98,16 @@ def test_selection_compiles(compiled: list[str], granularity: int, pooling: int,
         share_heads=share_heads,
     )
     assert compiled == ["_select_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_moves_of_kv_blocks_compile(compiled: list[str], dtype: torch.dtype) -> None:
+    from sglang_sparsespec.ops.kv_blocks import BlockLayout
+    from sglang_sparsespec.ops.kv_blocks.triton_impl import gather_block_triton, scatter_block_triton
+
+    buffers = [torch.zeros(40, 2, 3, dtype=dtype) for _ in range(4)]
+    layout = BlockLayout((6,) * 4, 16)
+    block = torch.zeros(layout.numel, dtype=dtype)
+    gather_block_triton(buffers, torch.arange(9), block, layout)
+    scatter_block_triton(buffers, torch.arange(9, dtype=torch.int32), block, layout, first=2)
+    assert compiled == ["_move_kernel"] * 2
