@@ -25,7 +25,9 @@ from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.common import evict_from_tree_cache, release_kv_cache
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from sglang_sparsespec.adapter.host_memory import AUTO, AUTO_POOLS
 from sglang_sparsespec.adapter.rejoin import join_running
+from sglang_sparsespec.adapter.round_clock import FULL_SHARE
 from sglang_sparsespec.config import OPTION_PREFIX
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
@@ -89,12 +91,10 @@ class Offloader:
         self._req_to_token_pool = model_runner.req_to_token_pool
         self._allocator = model_runner.token_to_kv_pool_allocator
         buffers = [*pool.k_buffer, *pool.v_buffer]
-        self._host = HostPool(
-            [buffer[0].numel() for buffer in buffers],
-            pool.store_dtype,
-            num_bytes,
-            is_pinned=self._device == "cuda",
-        )
+        widths = [buffer[0].numel() for buffer in buffers]
+        if server_args.sparsespec_host_memory_gb == AUTO:
+            num_bytes = min(num_bytes, AUTO_POOLS * self._allocator.size * sum(widths) * pool.store_dtype.itemsize)
+        self._host = HostPool(widths, pool.store_dtype, num_bytes, is_pinned=self._device == "cuda")
         if self._host.num_blocks == 0:
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
@@ -147,6 +147,16 @@ class Offloader:
 
         What may not move or finds no room on the host is left to SGLang: retracted, and logged.
         """
+        self._relieve(scheduler, batch)
+        last = scheduler.last_batch
+        self._metrics.clock.tick(
+            follows_round=last is not None and not last.forward_mode.is_extend(),
+            is_full=self._room(batch.tree_cache) <= (1 - FULL_SHARE) * self._allocator.size,
+            out=bool(self._ledger.entries(Place.LEAVING)),
+            back=bool(self._ledger.entries(Place.RETURNING)),
+        )
+
+    def _relieve(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
         keep = list(range(len(batch.reqs)))
         room = self._room(batch.tree_cache)
         needed = batch.new_tokens_required_next_decode()
@@ -184,7 +194,6 @@ class Offloader:
             self._host.num_bytes / 1e9,
             len(retracted),
         )
-        self._metrics.refused(len(retracted))
         scheduler.metrics_reporter.num_retracted_reqs = len(retracted)
         scheduler.new_token_ratio_tracker.current = NewTokenRatioTracker.estimate_new_token_ratio_after_retract(
             batch.reqs
@@ -206,7 +215,10 @@ class Offloader:
 
     def take(self, batch: ScheduleBatch, req: Req) -> bool:
         """Offload a request and free its slots before returning; False where it cannot move, and nothing is done."""
-        if not _is_movable(req) or not self._start_departure(req):
+        if not _is_movable(req):
+            return False
+        if not self._start_departure(req):
+            self._metrics.refused()
             return False
         self._free_device(batch.tree_cache, self._ledger.entry(req.rid))
         return True

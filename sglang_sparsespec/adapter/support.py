@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.config import SparseSpecConfig
 
-MAX_HOST_MEMORY_SHARE = 0.8
 CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
 _WITHOUT = "start without --speculative-algorithm SPARSESPEC"
@@ -283,14 +280,6 @@ def _check_host_memory(config: SparseSpecConfig, tp_size: int) -> None:
             config.host_memory_gb,
             f"0 with --tp-size {tp_size}",
             "Ranks would have to agree on when a copy is done. Leave it out, or set --tp-size to 1.",
-        )
-    largest = MAX_HOST_MEMORY_SHARE * psutil.virtual_memory().total / 1e9
-    if config.host_memory_gb > largest:
-        raise ConfigError(
-            "--sparsespec-host-memory-gb",
-            config.host_memory_gb,
-            f"at most {largest:.1f}, {MAX_HOST_MEMORY_SHARE:.0%} of this machine's memory",
-            "Lower it: KV memory is pinned and cannot be swapped out.",
         )
 
 

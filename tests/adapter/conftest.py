@@ -44,7 +44,7 @@ def machine(server_args: ArgsFactory) -> Iterator[Callable[..., Machine]]:
     def build(
         page_size: int = 1, is_radix: bool = True, host_blocks: int = 40, queues: Any = None, **options: Any
     ) -> Machine:
-        args = server_args(page_size=page_size, sparsespec_host_memory_gb=0.1, **options)
+        args = server_args(page_size=page_size, **{"sparsespec_host_memory_gb": 0.1, **options})
         runtime_context.publish(args, role="test")
         return Machine(args, is_radix=is_radix, host_blocks=host_blocks, queues=queues)
 

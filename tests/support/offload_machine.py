@@ -65,6 +65,7 @@ class Machine:
             ipc_channels=SimpleNamespace(
                 send_to_tokenizer=SimpleNamespace(send_output=lambda message, req: self.sent.append(message))
             ),
+            last_batch=None,
             metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
             new_token_ratio_tracker=SimpleNamespace(current=0.1),
             _add_request_to_queue=lambda req, is_retracted=False: self.queued.append(req),
