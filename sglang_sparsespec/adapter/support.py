@@ -100,8 +100,8 @@ REFUSALS = (
     _off("lora_paths", "Adapters in sparse draft steps are not tested yet."),
     _off(
         "enable_hierarchical_cache",
-        "Its layer-wise loading is not tested with score capture yet. It moves cached prefixes, never running requests; "
-        "for those there is --sparsespec-host-memory-gb.",
+        "Its layer-wise loading is not tested with score capture yet. It moves cached prefixes, never running "
+        "requests; for those there is --sparsespec-host-memory-gb.",
     ),
     _off("enable_hisparse", "It is a sparse attention of its own."),
     _off("enable_unified_memory", "Its pool is not laid out as [slots, heads, head_dim]."),
