@@ -1,4 +1,4 @@
-"""Three minutes of scripts/soak.py: mixed traffic against a pool that is too small. docs/results.md has a longer run."""
+"""Three minutes of scripts/soak.py, mixed traffic against a small pool; docs/results.md has a longer run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_nothing_is_lost_and_memory_stays_flat(tmp_path: Path) -> None:
-    """A leak of a few bytes a request, a request that vanishes once in thousands, a server that is not empty at the end.
+    """A leak of a few bytes a request, a request that vanishes once in thousands, a server that ends with slots in use.
 
     Memory may grow by more than in a long run: buffers are still finding their size.
     """
