@@ -113,6 +113,8 @@ class Offloader:
             self._queues,
             is_staged=self._device == "cuda",
         )
+        if self._device == "cuda":
+            self._mover.warm_up()
         self._policy = MovePolicy(tokens_per_round=tokens_per_round, pool_tokens=self._allocator.size)
         self._ledger: OffloadLedger[Req] = OffloadLedger(self._host)
         self._state = state

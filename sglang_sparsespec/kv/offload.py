@@ -129,6 +129,14 @@ class Mover:
         self._queues = queues
         self._is_staged = is_staged
 
+    def warm_up(self) -> None:
+        """Have kernels compiled before anybody waits for them: slot 0 of the pool goes into a block and back."""
+        buffers = self._buffers()
+        slots = torch.zeros(1, dtype=torch.int64, device=buffers[0].device)
+        block = torch.empty(self._host.layout.numel, dtype=buffers[0].dtype, device=buffers[0].device)
+        gather_block(buffers, slots, block, self._host.layout)
+        scatter_block(buffers, slots, block, self._host.layout)
+
     def copy_out(self, slots: Tensor, blocks: Sequence[int]) -> Transfer:
         """Device to host, beside the round in flight, which must not write these slots.
 

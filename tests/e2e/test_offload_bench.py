@@ -19,15 +19,15 @@ def test_the_benchmark_of_host_memory_runs_without_a_gpu(tmp_path: Path) -> None
     output = tmp_path / "result.json"
     options = "--tiny --seconds 16 --max-running 12 --host-memory-gb 0.2 --json"
     command = [sys.executable, "scripts/bench/offload.py", *options.split(), str(output)]
-    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1500)
     assert report.returncode == 0, report.stderr[-4000:]
     document = json.loads(output.read_text())
-    ours, retracts, careful = document["results"]
+    ours, stock, careful = document["results"]
     assert all(result["tokens_per_s"] > 0 and result["finished"] > 0 for result in document["results"])
     assert ours["moves"]["moves"] > 0
     assert ours["moves"]["gb_out"] > 0
     assert ours["moves"]["refusals"] == ours["retracted"] == ours["reprefilled_tokens"] == 0
-    assert "moves" not in retracts
+    assert "moves" not in stock
     assert careful["retracted"] == 0
     assert document["criteria"]["re-prefilled tokens"]["met"]
     assert document["criteria"]["copy out over a plain pinned copy"]["met"] is None

@@ -26,7 +26,8 @@ BLOCK_WORDS = 256
 _WORDS = ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2), (torch.uint8, 1))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "first"])
+# slots may begin anywhere in a request's list; neither that nor a length may cost a compilation while serving
+@triton.jit(do_not_specialize=["num_tokens", "first"], do_not_specialize_on_alignment=["slots_ptr"])
 def _move_kernel(
     table_ptr,
     slots_ptr,

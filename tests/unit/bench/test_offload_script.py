@@ -101,14 +101,17 @@ def test_criteria_say_what_was_met_missed_and_not_measured(script: ModuleType) -
 
 def test_contenders_differ_in_memory_alone(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """A simulation left on for plain SGLang, or a careful one that becomes bold after some steps."""
-    args = Namespace(host_memory_gb="3", spec_arg=["--a"], simulate_accept_length=5.0, tiny=False, only=None)
-    ours, retracts, careful = script.contenders(args)
-    assert ours.args == ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-host-memory-gb", "3", "--a")
-    assert ours.env == dict(zip(SIMULATION, ("5.0", "match-expected"), strict=True))
-    assert (retracts.args, retracts.env) == ((), dict.fromkeys(SIMULATION))
+    names = ["host-memory", "stock", "careful", "retract", "bold"]
+    args = Namespace(host_memory_gb="3", spec_arg=["--a"], simulate_accept_length=5.0, tiny=False, contenders=names)
+    ours, stock, careful, retract, bold = script.contenders(args)
+    assert ours.args == ("--speculative-algorithm", "SPARSESPEC", "--a", "--sparsespec-host-memory-gb", "3")
+    assert retract.args == ("--speculative-algorithm", "SPARSESPEC", "--a", "--schedule-conservativeness", "0.1")
+    assert ours.env == retract.env == dict(zip(SIMULATION, ("5.0", "match-expected"), strict=True))
+    assert (stock.args, stock.env) == ((), dict.fromkeys(SIMULATION))
+    assert (bold.args, bold.env) == (("--schedule-conservativeness", "0.1"), dict.fromkeys(SIMULATION))
     assert careful.env == {**dict.fromkeys(SIMULATION), "SGLANG_MIN_NEW_TOKEN_RATIO_FACTOR": "1"}
-    args.only = "sglang"
-    assert script.contenders(args) == [retracts, careful]
+    args.contenders = ["careful"]
+    assert script.contenders(args) == [careful]
 
 
 def test_load_is_the_same_for_everybody(script: ModuleType) -> None:

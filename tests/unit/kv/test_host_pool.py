@@ -108,6 +108,16 @@ def test_to_host_is_a_copy() -> None:
     assert copy.tolist() == [0, 1, 2, 3]
 
 
+def test_warm_up_changes_nothing() -> None:
+    """It runs on the pool that will serve, whatever is in slot 0."""
+    buffers = device_buffers(torch.float32)
+    before = [buffer.clone() for buffer in buffers]
+    host = pool_for(buffers, num_blocks=2)
+    mover_for(host, buffers, is_staged=True).warm_up()
+    assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+    assert host.used_bytes == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_kv_survives_beside_rounds_on_a_gpu(dtype: torch.dtype) -> None:
@@ -121,6 +131,7 @@ def test_kv_survives_beside_rounds_on_a_gpu(dtype: torch.dtype) -> None:
     num_bytes = 40 * BLOCK * sum(widths) * buffers[0].element_size()
     host = HostPool(widths, dtype, num_bytes, block_tokens=BLOCK, is_pinned=True)
     mover = Mover(host, lambda: buffers, device_queues("cuda", rounds), is_staged=True)
+    mover.warm_up()
     slots = torch.randperm(NUM_SLOTS, device="cuda")[:250]
     expected = [buffer[slots].clone() for buffer in buffers]
     for start in (0, 37, 240):
