@@ -39,6 +39,9 @@ SERVERS = {
     "overlap-page1-radix": "--page-size 1",
     "sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 --disable-radix-cache "
     "--schedule-conservativeness 0.01",
+    # rounds of our own verify, padded as where graphs are captured
+    "overlap-page16-fused": "--page-size 16 --chunked-prefill-size 64 --sparsespec-verify-attention fused "
+    "--cuda-graph-bs-decode 5 12 24",
 }
 
 
