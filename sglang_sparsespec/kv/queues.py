@@ -122,7 +122,7 @@ def device_queues(device: str, round_stream: Any) -> Queues:
     if device != "cuda":
         queue = HostQueue()
         return Queues(queue, queue, lambda: queue)
-    # first in line, for its kernels are short and a bus waits for them; and from a pool of streams of its own, while one of
-    # the common pool may turn out to be the stream of the rounds
+    # first in line, for its kernels are short and a bus waits for them; and from another pool of streams than the rest,
+    # so that it never turns out to be the stream of the rounds
     copies = torch.cuda.Stream(priority=-1)
     return Queues(CudaQueue(copies), CudaQueue(round_stream), lambda: CudaQueue(torch.cuda.current_stream()))
