@@ -81,11 +81,11 @@ def test_the_server_takes_auto(server_args: Callable[..., Any]) -> None:
 def test_auto_is_at_most_two_pools(machine: Callable[..., Machine]) -> None:
     """Hundreds of gigabytes pinned that no load can fill."""
     small = machine(host_blocks=3, sparsespec_host_memory_gb="auto")
-    assert small.offloader._host.num_blocks == 3
+    assert small.offloader._moves.host.num_blocks == 3
     large = machine(host_blocks=1000, sparsespec_host_memory_gb="auto")
-    pool_bytes = large.allocator.size * large.offloader._host.bytes_per_token
-    assert large.offloader._host.num_bytes == 2 * pool_bytes
-    assert machine(host_blocks=1000).offloader._host.num_blocks == 1000
+    pool_bytes = large.allocator.size * large.offloader._moves.host.bytes_per_token
+    assert large.offloader._moves.host.num_bytes == 2 * pool_bytes
+    assert machine(host_blocks=1000).offloader._moves.host.num_blocks == 1000
 
 
 def test_rounds_are_timed_by_what_ran_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ class Rounds:
 
     def iterate(self, batch: Any) -> Any:
         host = self.host
-        away = {e.request.rid for e in host.offloader._ledger.entries()}
+        away = {e.request.rid for e in host.offloader._moves.ledger.entries()}
         batch = host.iterate(batch)
         for req in batch.reqs:
             if req.rid in away:
@@ -127,16 +127,16 @@ def late(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> Ca
     from sglang_sparsespec.patches import install_offloader
     from sglang_sparsespec.patches.offload import offload_instead_of_release
 
-    from sglang_sparsespec.adapter import offload
+    from sglang_sparsespec.adapter import moves
 
-    monkeypatch.setattr(offload, "BLOCK_TOKENS", 16)
+    monkeypatch.setattr(moves, "BLOCK_TOKENS", 16)
     stock = ScheduleBatch.release_req
 
     def build(seed: int) -> Rounds:
         device = FakeDevice(seed)
         queues = device.queues()
         host = machine(is_radix=False, queues=queues)
-        host.offloader._mover._is_staged = True
+        host.offloader._moves.mover._is_staged = True
         hand_out_last_freed_first(host.allocator)
         install_offloader(host.offloader)
         monkeypatch.setattr(
@@ -156,7 +156,7 @@ def test_kv_survives_any_order_of_copies_and_rounds(late: Callable[[int], Rounds
     batch = host.run(*reqs)
     for _ in range(120):
         batch = rounds.iterate(batch)
-        live = [*batch.reqs, *(e.request for e in host.offloader._ledger.entries())]
+        live = [*batch.reqs, *(e.request for e in host.offloader._moves.ledger.entries())]
         assert {req.rid for req in live} | {r.rid for r in reqs if r.finished()} == {req.rid for req in reqs}
         for req in live:
             if len(req.output_ids) > 100 and req in batch.reqs and any(row.req is req for row in rounds.in_flight):
@@ -194,9 +194,9 @@ def test_slots_of_a_pool_are_all_back(late: Callable[[int], Rounds]) -> None:
     first, second = rounds.admit(40, 0), rounds.admit(50, 1)
     batch = host.run(first, second)
     rounds.in_flight = rounds.launch(batch)
-    assert host.offloader._start_departure(second)
+    assert host.offloader._moves.depart(second)
     batch.filter_batch(keep_indices=[0])
-    transfer = host.offloader._ledger.entries()[0].transfer
+    transfer = host.offloader._moves.ledger.entries()[0].transfer
     assert isinstance(transfer, copies.Transfer)
     used = POOL_TOKENS - host.allocator.available_size()
     rounds.process(rounds.in_flight)

@@ -89,13 +89,13 @@ def move_to(host: Machine, place: Place) -> Any:
     req = host.request(prompt(40), 10)
     batch = host.run(host.request(prompt(30, seed=1), 4), req)
     if place is Place.LEAVING:
-        assert host.offloader._start_departure(req)
+        assert host.offloader._moves.depart(req)
         batch.filter_batch(keep_indices=[0])
     else:
         host.leave(batch, req)
     if place is Place.RETURNING:
         assert host.iterate(batch).reqs == batch.reqs
-    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
     host.offloader.check_integrity()
     return req
 
@@ -114,7 +114,7 @@ def test_abort_gives_everything_back(
     host.offloader.abort(host.scheduler, req.rid[:2], abort_all=False)
     assert [message.rid for message in host.sent] == [req.rid]
     assert (req.req_pool_idx, req.kv) == (None, None)
-    assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._host.used_bytes == 0
+    assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
     # what the other request holds, in whole pages: 33 committed tokens, of them 30 of its prompt, and its reserve
     held = -(-(33 + 2 * K1) // page_size) * page_size
@@ -131,7 +131,7 @@ def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
     host.offloader.retract_all(host.scheduler)
     assert host.queued == [req]
     assert (req.is_retracted, req.retraction_count, req.kv_committed_len, req.kv) == (True, 1, 0, None)
-    assert len(host.offloader) == host.offloader._host.used_bytes == 0
+    assert len(host.offloader) == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
 
 
@@ -145,7 +145,7 @@ def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Mach
     running = SimpleNamespace(reqs=[])
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     assert host.used_slots() == used, "the copy is under way"
-    slow_copies.update(id(e.transfer) for e in host.offloader._ledger.entries())
+    slow_copies.update(id(e.transfer) for e in host.offloader._moves.ledger.entries())
     host.scheduler.chunked_req = object()
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     # its prompt stays in the cache, unlocked
@@ -241,12 +241,12 @@ def test_the_last_running_request_gets_what_copies_hold(
     running, other = host.request(prompt(30), 10), host.request(prompt(40, seed=1), 10)
     batch = host.run(running, other)
     if place is Place.LEAVING:
-        assert host.offloader._start_departure(other)
+        assert host.offloader._moves.depart(other)
         batch.filter_batch(keep_indices=[0])
     else:
         host.leave(batch, other)
         host.iterate(batch)
-    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
     host.allocator.alloc(host.allocator.available_size())
     running.output_ids.extend(range(K1))
     running.kv_committed_len += K1
@@ -254,7 +254,7 @@ def test_the_last_running_request_gets_what_copies_hold(
     host.offloader.relieve(host.scheduler, batch)
     assert batch.reqs == [running]
     assert batch.check_decode_mem()
-    assert [e.place for e in host.offloader._ledger.entries()] == [Place.ON_HOST]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [Place.ON_HOST]
     host.offloader.check_integrity()
 
 
@@ -303,7 +303,7 @@ def test_priorities_decide_before_arrival(machine: Callable[..., Machine]) -> No
         req.priority = priority
     batch = host.run(*reqs)
     host.leave(batch, reqs[0], reqs[2])
-    assert [e.request for e in host.offloader._ledger.entries()] == [reqs[2], reqs[0]]
+    assert [e.request for e in host.offloader._moves.ledger.entries()] == [reqs[2], reqs[0]]
     waiting = host.request(prompt(5, seed=9), 1)
     host.scheduler.waiting_queue = [waiting]
     waiting.priority = 1

@@ -27,7 +27,8 @@ class Machine:
         from sglang.srt.mem_cache.radix_cache import RadixCache
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        from sglang_sparsespec.adapter.offload import Offloader, RequestState
+        from sglang_sparsespec.adapter.moves import RequestState
+        from sglang_sparsespec.adapter.offload import Offloader
         from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 
         self.args, page_size = args, args.page_size
