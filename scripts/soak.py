@@ -35,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 from tests.support.server import Server  # noqa: E402
 
 NUM_PROMPTS, MAX_PROMPT, MAX_OUTPUT = 40, 160, 120
+CLIENTS = 128
 SERVER = (
     "--speculative-algorithm SPARSESPEC --sparsespec-host-memory-gb 0.2 --enable-metrics --max-running-requests 24 "
     "--max-total-tokens 1024 --sparsespec-min-budget 32 --decode-log-interval 40 --skip-server-warmup"
@@ -116,15 +117,20 @@ def resident_mb(pid: int) -> float:
 
 
 def soak(server: Server, minutes: float, rate: float, seed: int) -> tuple[Traffic, list[float]]:
-    """Send for `minutes`, at most `rate` requests a second; memory is sampled 60 times, from a tenth of the way on."""
+    """Send for `minutes`, at most `rate` requests a second; memory is sampled 60 times, from a tenth of the way on.
+
+    No more than CLIENTS wait for an answer: a slow machine gets fewer requests, and not a backlog of them.
+    """
     traffic, samples = Traffic(server, seed), []
     started = time.monotonic()
     until, sample_at = started + 60 * minutes, started + 6 * minutes
     number = 0
-    with ThreadPoolExecutor(128) as pool:
+    places = threading.Semaphore(CLIENTS)
+    with ThreadPoolExecutor(CLIENTS) as pool:
         while (now := time.monotonic()) < until:
-            pool.submit(traffic.send, number, *traffic.next())
-            number += 1
+            if places.acquire(timeout=until - now):
+                pool.submit(traffic.send, number, *traffic.next()).add_done_callback(lambda _: places.release())
+                number += 1
             if now >= sample_at:
                 samples.append(resident_mb(server.pid))
                 sample_at += 0.9 * minutes

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sglang_sparsespec.kv.ledger import OffloadLedger
     from sglang_sparsespec.kv.offload import HostPool, Transfer
 
+from sglang_sparsespec.adapter.round_clock import ROUND_COUNTERS, RoundClock
+
 logger = logging.getLogger(__name__)
 
 Direction = Literal["out", "in"]
@@ -28,9 +30,12 @@ COUNTERS = {
     "offloads": "Requests that left for host memory.",
     "copied_out_bytes": "KV copied to host memory.",
     "copied_in_bytes": "KV copied from host memory.",
+    "copy_out_seconds": "Time that copies of KV to host memory took.",
+    "copy_in_seconds": "Time that copies of KV from host memory took.",
     "offload_stalls": "Times that the scheduler waited for a copy to end.",
     "offload_lost_rounds": "Rounds whose result was dropped because the request left while it was in flight.",
     "offload_refusals": "Requests retracted because host memory was full.",
+    **ROUND_COUNTERS,
 }
 
 
@@ -45,8 +50,9 @@ class OffloadMetrics:
     def __init__(self, server_args: SparseSpecServerArgs, is_reporting_rank: bool) -> None:
         self._speaks = is_reporting_rank
         self._series = _series(server_args) if server_args.enable_metrics and is_reporting_rank else None
-        self._published = dict.fromkeys(COUNTERS, 0)
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self._published: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
+        self.clock = RoundClock(self.counts)
         self._speed: dict[str, float] = {"out": 0.0, "in": 0.0}
         self._host: HostPool | None = None
         self._ledger: OffloadLedger[Any] | None = None
@@ -65,6 +71,7 @@ class OffloadMetrics:
         """A copy is done."""
         self.counts[f"copied_{direction}_bytes"] += transfer.num_bytes
         seconds = transfer.seconds()
+        self.counts[f"copy_{direction}_seconds"] += seconds
         if seconds > 0:
             self._speed[direction] = transfer.num_bytes / seconds
 
@@ -72,9 +79,9 @@ class OffloadMetrics:
         """The scheduler has to wait for a copy."""
         self.counts["offload_stalls"] += 1
 
-    def refused(self, count: int) -> None:
-        """Host memory is full; these requests are retracted."""
-        self.counts["offload_refusals"] += count
+    def refused(self) -> None:
+        """Host memory is full; a request is retracted."""
+        self.counts["offload_refusals"] += 1
 
     def report(self) -> None:
         """Publish; and say something if there is anything to say."""

@@ -18,6 +18,7 @@ from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
+from sglang_sparsespec.adapter.host_memory import host_memory, parse_host_memory_gb, resolve_host_memory_gb
 from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, can_fuse, check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
@@ -122,11 +123,14 @@ class SparseSpecServerArgs(ServerArgs):
         Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),
     ] = _DEFAULTS.schedule
     sparsespec_host_memory_gb: Annotated[
-        float,
-        _help(
-            "host memory for the KV of requests that wait while the pool is full, 10^9 bytes, a total for the server; "
-            "0 leaves SGLang to retract them.",
-            _DEFAULTS.host_memory_gb,
+        float | str,
+        Arg(
+            help=_help(
+                "host memory for the KV of requests that wait while the pool is full, 10^9 bytes, a total for the "
+                "server, or auto: half of what is free, two pools at most; 0 leaves SGLang to retract them.",
+                _DEFAULTS.host_memory_gb,
+            ),
+            type_parser=parse_host_memory_gb,
         ),
     ] = _DEFAULTS.host_memory_gb
     sparsespec_config: Annotated[
@@ -209,6 +213,7 @@ def resolve(server_args: ServerArgs) -> None:
         )
     num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
+    options["host_memory_gb"] = resolve_host_memory_gb(options["host_memory_gb"], host_memory())
     config = SparseSpecConfig(num_steps=num_steps, **options)
     config = choose_verify_attention(config, str(server_args.device))
     check_supported(server_args, config)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import psutil
-
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 from sglang_sparsespec.speculation.profile import check_path
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.config import SparseSpecConfig
 
-MAX_HOST_MEMORY_SHARE = 0.8
 CUDA_ATTENTION_BACKENDS = ("flashinfer", "triton", "fa3")
 CPU_ATTENTION_BACKENDS = ("torch_native",)
 _WITHOUT = "start without --speculative-algorithm SPARSESPEC"
@@ -102,7 +99,11 @@ REFUSALS = (
     ),
     _off("enable_lora", "Adapters in sparse draft steps are not tested yet."),
     _off("lora_paths", "Adapters in sparse draft steps are not tested yet."),
-    _off("enable_hierarchical_cache", "Its layer-wise loading is not tested with score capture yet."),
+    _off(
+        "enable_hierarchical_cache",
+        "Its layer-wise loading is not tested with score capture yet. It moves cached prefixes, never running "
+        "requests; for those there is --sparsespec-host-memory-gb.",
+    ),
     _off("enable_hisparse", "It is a sparse attention of its own."),
     _off("enable_unified_memory", "Its pool is not laid out as [slots, heads, head_dim]."),
     _off(
@@ -285,14 +286,6 @@ def _check_host_memory(config: SparseSpecConfig, tp_size: int) -> None:
             config.host_memory_gb,
             f"0 with --tp-size {tp_size}",
             "Ranks would have to agree on when a copy is done. Leave it out, or set --tp-size to 1.",
-        )
-    largest = MAX_HOST_MEMORY_SHARE * psutil.virtual_memory().total / 1e9
-    if config.host_memory_gb > largest:
-        raise ConfigError(
-            "--sparsespec-host-memory-gb",
-            config.host_memory_gb,
-            f"at most {largest:.1f}, {MAX_HOST_MEMORY_SHARE:.0%} of this machine's memory",
-            "Lower it: KV memory is pinned and cannot be swapped out.",
         )
 
 

@@ -28,7 +28,8 @@ from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
 from sglang_sparsespec.adapter.memory import identity, model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
-from sglang_sparsespec.adapter.offload import Offloader, RequestState
+from sglang_sparsespec.adapter.moves import RequestState
+from sglang_sparsespec.adapter.offload import Offloader
 from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties

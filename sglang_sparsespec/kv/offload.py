@@ -1,27 +1,31 @@
 """Host memory for KV, and the copies both ways.
 
-Why not the host's own `MHATokenToKVPoolHost`: its copies are CUDA kernels and have no form for a CPU, where this
-package is tested; it refuses to start unless 10 GB of RAM stay free beside it; and its layouts scatter a request over
-the pool token by token, where whole blocks make one large copy each.
+A block holds `block_tokens` tokens of one request in all layers, K and V. On CUDA one kernel gathers the slots of a
+block into a staging block on the device, which then crosses PCIe in one asynchronous copy to pinned memory; the way
+back is the same in reverse. All of it is on a queue of its own, so rounds go on meanwhile.
 
-A block holds `block_tokens` tokens of one request in all layers, K and V. On CUDA the slots of a block are gathered on
-the device, then the block crosses PCIe in one asynchronous copy from or to pinned memory, on a stream of its own. On a
-CPU the same calls copy at once.
+What of SGLang's own fits, and what does not: its `MHATokenToKVPoolHost` refuses to start unless 10 GB of RAM stay free
+beside it and scatters a request over the pool token by token; its transfer kernels write host memory from the
+multiprocessors that rounds need, where a copy engine moves whole blocks; and neither has a form for a CPU, where this
+package is tested.
 Invariant: a block is free or belongs to one request; nothing here waits for the device except `Transfer.wait`.
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_sparsespec.ops.kv_blocks import BlockLayout, gather_block, scatter_block
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from sglang_sparsespec.kv.queues import Mark, Queues
 
 BLOCK_TOKENS = 256
 """Tokens of a host block: 36 MiB for a model of 36 layers, 8 KV heads of 128, bf16: large enough for PCIe to run at
@@ -48,7 +52,7 @@ class HostPool:
         block_tokens: int = BLOCK_TOKENS,
         is_pinned: bool = False,
     ) -> None:
-        self.widths = tuple(widths)
+        self.layout = BlockLayout(tuple(widths), block_tokens)
         self.block_tokens = block_tokens
         self.bytes_per_token = sum(widths) * dtype.itemsize
         self.num_blocks = num_bytes // (block_tokens * self.bytes_per_token)
@@ -81,41 +85,29 @@ class HostPool:
         self.free_blocks.extend(blocks)
 
     def flat(self, block: int) -> Tensor:
-        """[block_tokens * sum(widths)]: the whole block, as it crosses the bus."""
+        """[layout.numel]: the whole block, as it crosses the bus."""
         return self._memory[block]
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """[block_tokens, width] per device buffer, views of a flat block."""
-        views, start = [], 0
-        for width in self.widths:
-            end = start + width * self.block_tokens
-            views.append(flat[start:end].view(self.block_tokens, width))
-            start = end
-        return views
 
 
 class Transfer:
-    """One copy under way."""
+    """One copy under way, between two marks of its queue."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, start: Mark, end: Mark, keep_alive: Sequence[Tensor]) -> None:
         self.num_bytes = num_bytes
-        self._span: tuple[Any, Any] | None = None
-        self._keep_alive: list[Any] = []
-        self._start_s = self._end_s = 0.0
+        self._start, self._end = start, end
+        # the allocator must not hand this memory out before the copy has read it
+        self._keep_alive = keep_alive
 
     def is_done(self) -> bool:
-        return self._span is None or self._span[1].query()
+        return self._end.query()
 
     def wait(self) -> None:
         """Block the host until the copy is done."""
-        if self._span is not None:
-            self._span[1].synchronize()
+        self._end.synchronize()
 
     def seconds(self) -> float:
         """What the copy took; valid once it is done."""
-        if self._span is None:
-            return self._end_s - self._start_s
-        return 1e-3 * self._span[0].elapsed_time(self._span[1])
+        return 1e-3 * self._start.elapsed_time(self._end)
 
 
 class Mover:
@@ -125,73 +117,72 @@ class Mover:
         host: where to.
         buffers: returns the device buffers, each [num_slots, ...]; asked at every copy, since the host may replace
             them after it has captured its graphs.
-        device: of the buffers.
+        queues: of the device.
+        is_staged: gather into a block on the device first, because the host's memory is across a bus.
     """
 
-    def __init__(self, host: HostPool, buffers: Callable[[], Sequence[Tensor]], device: str) -> None:
+    def __init__(
+        self, host: HostPool, buffers: Callable[[], Sequence[Tensor]], queues: Queues, *, is_staged: bool
+    ) -> None:
         self._host = host
         self._buffers = buffers
-        self._stream = torch.cuda.Stream() if device == "cuda" else None
+        self._queues = queues
+        self._is_staged = is_staged
 
-    @contextmanager
-    def transfer(self, num_tokens: int) -> Iterator[Transfer]:
-        """What is enqueued inside is one transfer; it starts after what the caller has enqueued so far."""
-        transfer = Transfer(num_tokens * self._host.bytes_per_token)
-        if self._stream is None:
-            transfer._start_s = time.perf_counter()
-            yield transfer
-            transfer._end_s = time.perf_counter()
-            return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(self._stream):
-            start.record()
-            yield transfer
-            end.record()
-        transfer._span = (start, end)
+    def warm_up(self) -> None:
+        """Have kernels compiled before anybody waits for them: slot 0 of the pool goes into a block and back."""
+        buffers = self._buffers()
+        slots = torch.zeros(1, dtype=torch.int64, device=buffers[0].device)
+        block = torch.empty(self._host.layout.numel, dtype=buffers[0].dtype, device=buffers[0].device)
+        gather_block(buffers, slots, block, self._host.layout)
+        scatter_block(buffers, slots, block, self._host.layout)
 
-    def wait_for(self, stream: Any) -> None:
-        """What follows in this transfer starts after what is enqueued on `stream` now."""
-        if self._stream is not None:
-            self._stream.wait_stream(stream)
-
-    def copy_out(self, transfer: Transfer, slots: Tensor, blocks: Sequence[int]) -> None:
-        """Device to host.
+    def copy_out(self, slots: Tensor, blocks: Sequence[int]) -> Transfer:
+        """Device to host, beside the round in flight, which must not write these slots.
 
         Args:
-            slots: [num_tokens], int64, in the order of positions.
+            slots: [num_tokens], int64, in the order of positions; made on the scheduler's queue.
             blocks: of the same request.
         """
-        # memory that the caching allocator must not hand out before the copy has read it
-        transfer._keep_alive.append(slots)
-        buffers = self._buffers()
+        copies, buffers = self._queues.copies, self._buffers()
+        # the scheduler may just have written the page table that `slots` was read from
+        copies.wait_for(self._queues.schedule())
+        start = copies.mark()
         for block, part in zip(blocks, slots.split(self._host.block_tokens), strict=True):
-            target = self._host.flat(block)
-            staging = target if self._stream is None else torch.empty_like(target, device=slots.device)
-            for view, buffer in zip(self._host.views(staging), buffers, strict=True):
-                torch.index_select(buffer.flatten(1), 0, part, out=view[: len(part)])
-            if staging is not target:
-                target.copy_(staging, non_blocking=True)
+            copies.run(partial(self._gather, buffers, part, block))
+        return Transfer(len(slots) * self._host.bytes_per_token, start, copies.mark(), [slots])
 
-    def copy_in(self, transfer: Transfer, slots: Tensor, blocks: Sequence[int], start: int = 0) -> None:
-        """Host to device.
+    def copy_in(self, slots: Tensor, blocks: Sequence[int], start: int = 0) -> Transfer:
+        """Host to device, after the round in flight: it may still write drafts into slots that it has lost.
 
         Args:
-            slots: [num_tokens - start], int64: where positions `start` and later go.
+            slots: [num_tokens - start], int64: where positions `start` and later go; made on the scheduler's queue.
             blocks: of the whole request.
             start: positions before it are on the device already.
         """
-        transfer._keep_alive.append(slots)
-        buffers = self._buffers()
+        copies, buffers = self._queues.copies, self._buffers()
+        copies.wait_for(self._queues.schedule())
+        copies.wait_for(self._queues.rounds)
+        begin = copies.mark()
         size, end = self._host.block_tokens, start + len(slots)
         for index in range(start // size, self._host.blocks_for(end)):
             first, last = max(start, index * size), min(end, (index + 1) * size)
-            source = self._host.flat(blocks[index])
-            if self._stream is not None:
-                source = source.to(slots.device, non_blocking=True)
             part = slots[first - start : last - start]
-            for view, buffer in zip(self._host.views(source), buffers, strict=True):
-                buffer.flatten(1).index_copy_(0, part, view[first - index * size : last - index * size])
+            copies.run(partial(self._scatter, buffers, part, blocks[index], first - index * size))
+        return Transfer(len(slots) * self._host.bytes_per_token, begin, copies.mark(), [slots])
+
+    def _gather(self, buffers: Sequence[Tensor], slots: Tensor, block: int) -> None:
+        target = self._host.flat(block)
+        staging = torch.empty_like(target, device=slots.device) if self._is_staged else target
+        gather_block(buffers, slots, staging, self._host.layout)
+        if staging is not target:
+            target.copy_(staging, non_blocking=True)
+
+    def _scatter(self, buffers: Sequence[Tensor], slots: Tensor, block: int, first: int) -> None:
+        source = self._host.flat(block)
+        if self._is_staged:
+            source = source.to(slots.device, non_blocking=True, copy=True)
+        scatter_block(buffers, slots, source, self._host.layout, first)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
+    from tests.support.offload_machine import Machine
 
 ArgsFactory = Callable[..., "SparseSpecServerArgs"]
 
@@ -32,3 +33,20 @@ def server_args(_registered: None, tiny_qwen3_path: Path) -> ArgsFactory:
         return SparseSpecServerArgs(**{**defaults, **kwargs})
 
     return build
+
+
+@pytest.fixture
+def machine(server_args: ArgsFactory) -> Iterator[Callable[..., Machine]]:
+    from sglang.srt import runtime_context
+
+    from tests.support.offload_machine import Machine
+
+    def build(
+        page_size: int = 1, is_radix: bool = True, host_blocks: int = 40, queues: Any = None, **options: Any
+    ) -> Machine:
+        args = server_args(page_size=page_size, **{"sparsespec_host_memory_gb": 0.1, **options})
+        runtime_context.publish(args, role="test")
+        return Machine(args, is_radix=is_radix, host_blocks=host_blocks, queues=queues)
+
+    yield build
+    runtime_context.reset_context()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from array import array
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,164 +12,12 @@ import torch
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.kv import offload as copies
 from sglang_sparsespec.kv.ledger import Place
+from tests.support.offload_machine import K1, LAYERS, NUM_ROWS, POOL_TOKENS, Machine, prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
-
-POOL_TOKENS, NUM_ROWS, LAYERS = 512, 8, 2
-K1 = 9
-
-
-class Machine:
-    """As much of a scheduler as the offloader sees, around real pools; `run` puts requests on it as rounds would."""
-
-    def __init__(self, args: Any, *, is_radix: bool, host_blocks: int = 40) -> None:
-        from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
-        from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
-        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-        from sglang.srt.mem_cache.chunk_cache import ChunkCache
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
-        from sglang.srt.mem_cache.radix_cache import RadixCache
-        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-        from sglang_sparsespec.adapter.offload import Offloader, RequestState
-        from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
-
-        self.args, page_size = args, args.page_size
-        self.rows = ReqToTokenPool(NUM_ROWS, 256, "cpu", False)
-        self.kv = MHATokenToKVPool(POOL_TOKENS, page_size, torch.float32, 2, 4, LAYERS, "cpu", False)
-        for buffer in self.buffers:
-            buffer.normal_()
-        self.allocator = (
-            TokenToKVPoolAllocator(POOL_TOKENS, torch.float32, "cpu", self.kv, False)
-            if page_size == 1
-            else PagedTokenToKVPoolAllocator(POOL_TOKENS, page_size, torch.float32, "cpu", self.kv, False)
-        )
-        params = CacheInitParams(not is_radix, self.rows, self.allocator, page_size)
-        self.tree = RadixCache(params) if is_radix else ChunkCache(params)
-        stream = torch.cpu.Stream()
-        algorithm = SpeculativeAlgorithm.from_string("SPARSESPEC")
-        self.sent: list[Any] = []
-        self.queued: list[Any] = []
-        self.scheduler: Any = SimpleNamespace(
-            server_args=args,
-            device="cpu",
-            req_to_token_pool=self.rows,
-            token_to_kv_pool_allocator=self.allocator,
-            tree_cache=self.tree,
-            model_config=SimpleNamespace(vocab_size=259, is_encoder_decoder=False),
-            enable_overlap=not args.disable_overlap_schedule,
-            spec_algorithm=algorithm,
-            future_map=algorithm.create_future_map("cpu", self.rows),
-            forward_stream=stream,
-            schedule_stream=stream,
-            forward_stream_ctx=torch.cpu.stream(stream),
-            chunked_req=None,
-            waiting_queue=[],
-            get_num_allocatable_reqs=lambda running: self.rows.available_size(),
-            ipc_channels=SimpleNamespace(
-                send_to_tokenizer=SimpleNamespace(send_output=lambda message, req: self.sent.append(message))
-            ),
-            metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
-            new_token_ratio_tracker=SimpleNamespace(current=0.1),
-            _add_request_to_queue=lambda req, is_retracted=False: self.queued.append(req),
-        )
-        self.saved: dict[int, Any] = {}
-        self.forgotten: list[str] = []
-        block_bytes = copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4
-        self.metrics = OffloadMetrics(args, is_reporting_rank=True)
-        self.offloader = Offloader(
-            num_bytes=host_blocks * block_bytes,
-            tokens_per_round=K1,
-            model_runner=SimpleNamespace(
-                device="cpu",
-                forward_stream=stream,
-                req_to_token_pool=self.rows,
-                token_to_kv_pool=self.kv,
-                token_to_kv_pool_allocator=self.allocator,
-            ),
-            server_args=args,
-            state=RequestState(
-                save=lambda req, copy: copy(torch.tensor([req.req_pool_idx])),  # type: ignore[arg-type,return-value]
-                load=lambda req, state: self.saved.update({req.req_pool_idx: int(state)}),  # type: ignore[call-overload]
-                forget=lambda req: self.forgotten.append(req.rid),
-            ),
-            metrics=self.metrics,
-        )
-        self._arrivals = itertools.count(1)
-
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        return [*self.kv.k_buffer, *self.kv.v_buffer]
-
-    def request(self, prompt: list[int], num_outputs: int, rid: str | None = None) -> Any:
-        """After `num_outputs` outputs: its prompt is in the radix cache, slots for the next round are reserved."""
-        from sglang.srt.managers.schedule_batch import Req, ReqKvInfo
-        from sglang.srt.sampling.sampling_params import SamplingParams
-
-        arrival = next(self._arrivals)
-        req = Req(rid or f"r{arrival}", "", array("q", prompt), SamplingParams(max_new_tokens=50))
-        req.time_stats.scheduler_recv_time = float(arrival)
-        req.init_next_round_input(self.tree)
-        self.tree.inc_lock_ref(req.last_node)
-        self.rows.alloc([req])
-        committed = len(prompt) + num_outputs - 1
-        page = self.args.page_size
-        start = len(req.prefix_indices)
-        allocated = -(-(committed + 2 * K1) // page) * page
-        slots = self.allocator.alloc(allocated - start)
-        assert slots is not None
-        self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
-        self.rows.write((req.req_pool_idx, slice(start, allocated)), slots)
-        req.kv = ReqKvInfo(kv_allocated_len=allocated, swa_evicted_seqlen=0)
-        req.kv_committed_len = len(prompt)
-        req.set_extend_range(start, len(prompt))
-        self.tree.cache_unfinished_req(req)
-        req.output_ids.extend(range(100, 100 + num_outputs))
-        req.kv_committed_len = committed
-        return req
-
-    def run(self, *reqs: Any) -> Any:
-        """A running batch."""
-        from sglang.srt.managers.schedule_batch import ScheduleBatch
-
-        from sglang_sparsespec.adapter.rejoin import join_running
-
-        return join_running(self.scheduler, ScheduleBatch(reqs=[]), list(reqs), lambda: None)
-
-    def kv_of(self, req: Any) -> list[torch.Tensor]:
-        slots = self.rows.req_to_token[req.req_pool_idx, : req.kv_committed_len].long()
-        return [buffer[slots].clone() for buffer in self.buffers]
-
-    def leave(self, batch: Any, *reqs: Any) -> None:
-        """Off the batch, as the hook of release_req does; the caller of that filters the batch."""
-        for req in reqs:
-            assert self.offloader.take(batch, req)
-        batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if not self.offloader.holds(r)])
-
-    def iterate(self, batch: Any) -> Any:
-        self.offloader.check_integrity()
-        batch = self.offloader.before_batch(self.scheduler, batch, None)
-        self.offloader.check_integrity()
-        return batch
-
-    def used_slots(self) -> int:
-        return POOL_TOKENS - self.allocator.available_size() - self.tree.evictable_size()
-
-
-@pytest.fixture
-def machine(server_args: Callable[..., Any]) -> Iterator[Callable[..., Machine]]:
-    from sglang.srt import runtime_context
-
-    def build(page_size: int = 1, is_radix: bool = True, host_blocks: int = 40, **options: Any) -> Machine:
-        args = server_args(page_size=page_size, sparsespec_host_memory_gb=0.1, **options)
-        runtime_context.publish(args, role="test")
-        return Machine(args, is_radix=is_radix, host_blocks=host_blocks)
-
-    yield build
-    runtime_context.reset_context()
 
 
 @pytest.fixture
@@ -180,10 +27,6 @@ def slow_copies(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     monkeypatch.setattr(copies.Transfer, "is_done", lambda self: id(self) in done)
     monkeypatch.setattr(copies.Transfer, "wait", lambda self: done.add(id(self)))
     return done
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(0, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
@@ -246,13 +89,13 @@ def move_to(host: Machine, place: Place) -> Any:
     req = host.request(prompt(40), 10)
     batch = host.run(host.request(prompt(30, seed=1), 4), req)
     if place is Place.LEAVING:
-        assert host.offloader._start_departure(req)
+        assert host.offloader._moves.depart(req)
         batch.filter_batch(keep_indices=[0])
     else:
         host.leave(batch, req)
     if place is Place.RETURNING:
         assert host.iterate(batch).reqs == batch.reqs
-    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
     host.offloader.check_integrity()
     return req
 
@@ -271,7 +114,7 @@ def test_abort_gives_everything_back(
     host.offloader.abort(host.scheduler, req.rid[:2], abort_all=False)
     assert [message.rid for message in host.sent] == [req.rid]
     assert (req.req_pool_idx, req.kv) == (None, None)
-    assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._host.used_bytes == 0
+    assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
     # what the other request holds, in whole pages: 33 committed tokens, of them 30 of its prompt, and its reserve
     held = -(-(33 + 2 * K1) // page_size) * page_size
@@ -288,7 +131,7 @@ def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
     host.offloader.retract_all(host.scheduler)
     assert host.queued == [req]
     assert (req.is_retracted, req.retraction_count, req.kv_committed_len, req.kv) == (True, 1, 0, None)
-    assert len(host.offloader) == host.offloader._host.used_bytes == 0
+    assert len(host.offloader) == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
 
 
@@ -302,7 +145,7 @@ def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Mach
     running = SimpleNamespace(reqs=[])
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     assert host.used_slots() == used, "the copy is under way"
-    slow_copies.update(id(e.transfer) for e in host.offloader._ledger.entries())
+    slow_copies.update(id(e.transfer) for e in host.offloader._moves.ledger.entries())
     host.scheduler.chunked_req = object()
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     # its prompt stays in the cache, unlocked
@@ -398,12 +241,12 @@ def test_the_last_running_request_gets_what_copies_hold(
     running, other = host.request(prompt(30), 10), host.request(prompt(40, seed=1), 10)
     batch = host.run(running, other)
     if place is Place.LEAVING:
-        assert host.offloader._start_departure(other)
+        assert host.offloader._moves.depart(other)
         batch.filter_batch(keep_indices=[0])
     else:
         host.leave(batch, other)
         host.iterate(batch)
-    assert [e.place for e in host.offloader._ledger.entries()] == [place]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
     host.allocator.alloc(host.allocator.available_size())
     running.output_ids.extend(range(K1))
     running.kv_committed_len += K1
@@ -411,7 +254,7 @@ def test_the_last_running_request_gets_what_copies_hold(
     host.offloader.relieve(host.scheduler, batch)
     assert batch.reqs == [running]
     assert batch.check_decode_mem()
-    assert [e.place for e in host.offloader._ledger.entries()] == [Place.ON_HOST]
+    assert [e.place for e in host.offloader._moves.ledger.entries()] == [Place.ON_HOST]
     host.offloader.check_integrity()
 
 
@@ -460,7 +303,7 @@ def test_priorities_decide_before_arrival(machine: Callable[..., Machine]) -> No
         req.priority = priority
     batch = host.run(*reqs)
     host.leave(batch, reqs[0], reqs[2])
-    assert [e.request for e in host.offloader._ledger.entries()] == [reqs[2], reqs[0]]
+    assert [e.request for e in host.offloader._moves.ledger.entries()] == [reqs[2], reqs[0]]
     waiting = host.request(prompt(5, seed=9), 1)
     host.scheduler.waiting_queue = [waiting]
     waiting.priority = 1

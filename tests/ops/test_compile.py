@@ -15,6 +15,8 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -133,3 +135,16 @@ def test_sampling_compiles(compiled: list[str], dtype: torch.dtype, vocab_size: 
         *["_tile_kernel", "_merge_kernel", "_token_kernel", "_tile_kernel", "_merge_kernel"],
         *["_mass_kernel", "_pick_kernel"] * 2,
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
+def test_moves_of_kv_blocks_compile(compiled: list[str], dtype: torch.dtype) -> None:
+    from sglang_sparsespec.ops.kv_blocks import BlockLayout
+    from sglang_sparsespec.ops.kv_blocks.triton_impl import gather_block_triton, scatter_block_triton
+
+    buffers = [torch.zeros(40, 2, 3, dtype=dtype) for _ in range(4)]
+    layout = BlockLayout((6,) * 4, 16)
+    block = torch.zeros(layout.numel, dtype=dtype)
+    gather_block_triton(buffers, torch.arange(9), block, layout)
+    scatter_block_triton(buffers, torch.arange(9, dtype=torch.int32), block, layout, first=2)
+    assert compiled == ["_move_kernel"] * 2

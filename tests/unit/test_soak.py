@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -55,6 +57,29 @@ def test_a_lost_answer_is_a_failure(soak: ModuleType, tokens: Any) -> None:
     assert len(traffic.failures) == 1
     assert "answer 7" in traffic.failures[0]
     assert traffic.counts["answer"] == 0
+
+
+def test_a_slow_server_gets_no_backlog(soak: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of minutes that goes on for an hour, until all that was sent meanwhile has been answered."""
+    release, waiting = threading.Event(), []
+
+    def send(traffic: Any, number: int, *request: Any) -> None:
+        waiting.append(number)
+        release.wait(timeout=20)
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, *args: Any, **kwargs: Any) -> None:
+            # the time is over
+            release.set()
+            super().shutdown(*args, **kwargs)
+
+    monkeypatch.setattr(soak, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(soak.Traffic, "send", send)
+    monkeypatch.setattr(soak, "CLIENTS", 3)
+    monkeypatch.setattr(soak, "resident_mb", lambda pid: 1.0)
+    traffic, _ = soak.soak(SimpleNamespace(pid=0), minutes=0.5 / 60, rate=1000, seed=0)
+    assert waiting == [0, 1, 2]
+    assert traffic.counts["sent"] == 3
 
 
 def test_growth_compares_the_ends(soak: ModuleType) -> None:

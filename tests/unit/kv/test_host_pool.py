@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sglang_sparsespec.kv.offload import HostPool, Mover, to_host
+from sglang_sparsespec.kv.queues import device_queues
 
 NUM_SLOTS, BLOCK = 300, 16
 
@@ -14,6 +15,10 @@ def device_buffers(dtype: torch.dtype) -> list[torch.Tensor]:
     """K and V of two layers; the V heads are narrower, as in some models."""
     shapes = [(NUM_SLOTS, 2, 8), (NUM_SLOTS, 2, 8), (NUM_SLOTS, 2, 4), (NUM_SLOTS, 2, 4)]
     return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+def mover_for(host: HostPool, buffers: list[torch.Tensor], *, is_staged: bool = False) -> Mover:
+    return Mover(host, lambda: buffers, device_queues("cpu", None), is_staged=is_staged)
 
 
 def pool_for(buffers: list[torch.Tensor], num_blocks: int) -> HostPool:
@@ -26,25 +31,24 @@ def pool_for(buffers: list[torch.Tensor], num_blocks: int) -> HostPool:
 @pytest.mark.parametrize(
     ("num_tokens", "start"), [(1, 0), (15, 1), (16, 0), (17, 16), (17, 15), (100, 0), (100, 16), (100, 50), (100, 99)]
 )
-def test_kv_survives_the_way_out_and_back(dtype: torch.dtype, num_tokens: int, start: int) -> None:
+@pytest.mark.parametrize("is_staged", [False, True], ids=["direct", "staged"])
+def test_kv_survives_the_way_out_and_back(dtype: torch.dtype, num_tokens: int, start: int, is_staged: bool) -> None:
     """A token in another's place, a layer in another's, K for V, or a seam between blocks that is off by one."""
     buffers = device_buffers(dtype)
     host = pool_for(buffers, num_blocks=10)
-    mover = Mover(host, lambda: buffers, "cpu")
+    mover = mover_for(host, buffers, is_staged=is_staged)
     # blocks out of order, as after a while
     host.free_blocks = [7, 2, 9, 0, 4, 1, 3, 5, 6, 8]
     blocks = host.alloc(num_tokens)
     assert blocks is not None
     slots = torch.randperm(NUM_SLOTS)[:num_tokens]
     expected = [buffer[slots].clone() for buffer in buffers]
-    with mover.transfer(num_tokens) as out:
-        mover.copy_out(out, slots, blocks)
+    out = mover.copy_out(slots, blocks)
     assert out.is_done()
     for buffer in buffers:
         buffer.fill_(float("nan"))
     target = torch.randperm(NUM_SLOTS)[: num_tokens - start]
-    with mover.transfer(num_tokens - start) as back:
-        mover.copy_in(back, target, blocks, start=start)
+    back = mover.copy_in(target, blocks, start=start)
     for buffer, kv in zip(buffers, expected, strict=True):
         assert torch.equal(buffer[target], kv[start:])
         untouched = torch.ones(NUM_SLOTS, dtype=torch.bool)
@@ -60,19 +64,17 @@ def test_requests_do_not_share_blocks() -> None:
     """KV of one request read back for another is the one error that no parity test forgives."""
     buffers = device_buffers(torch.float32)
     host = pool_for(buffers, num_blocks=6)
-    mover = Mover(host, lambda: buffers, "cpu")
+    mover = mover_for(host, buffers)
     slots = torch.randperm(NUM_SLOTS)
     parts = {name: slots[i * 40 : i * 40 + 20 + i] for i, name in enumerate("abc")}
     expected = {name: buffers[0][part].clone() for name, part in parts.items()}
     blocks = {}
     for name, part in parts.items():
         blocks[name] = host.alloc(len(part))
-        with mover.transfer(len(part)) as transfer:
-            mover.copy_out(transfer, part, blocks[name])
+        mover.copy_out(part, blocks[name])
     assert host.alloc(1) is None, "six blocks are taken"
     for name, part in parts.items():
-        with mover.transfer(len(part)) as transfer:
-            mover.copy_in(transfer, part, blocks[name])
+        mover.copy_in(part, blocks[name])
         assert torch.equal(buffers[0][part], expected[name])
         host.free(blocks[name])
     assert sorted(host.free_blocks) == list(range(6))
@@ -82,13 +84,12 @@ def test_buffers_are_asked_for_at_every_copy() -> None:
     """SGLang may replace its buffers after it has captured its graphs."""
     buffers = device_buffers(torch.float32)
     host = pool_for(buffers, num_blocks=1)
-    mover = Mover(host, lambda: buffers, "cpu")
+    mover = mover_for(host, buffers)
     buffers[:] = device_buffers(torch.float32)
     blocks, slots = host.alloc(3), torch.tensor([5, 1, 7])
     assert blocks is not None
-    with mover.transfer(3) as transfer:
-        mover.copy_out(transfer, slots, blocks)
-    assert torch.equal(host.views(host.flat(blocks[0]))[0][:3], buffers[0][slots].flatten(1))
+    mover.copy_out(slots, blocks)
+    assert torch.equal(host.layout.views(host.flat(blocks[0]))[0][:3], buffers[0][slots].flatten(1))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 48 * 4 * BLOCK - 1])
@@ -105,3 +106,51 @@ def test_to_host_is_a_copy() -> None:
     copy = to_host(row)
     row.zero_()
     assert copy.tolist() == [0, 1, 2, 3]
+
+
+def test_warm_up_changes_nothing() -> None:
+    """It runs on the pool that will serve, whatever is in slot 0."""
+    buffers = device_buffers(torch.float32)
+    before = [buffer.clone() for buffer in buffers]
+    host = pool_for(buffers, num_blocks=2)
+    mover_for(host, buffers, is_staged=True).warm_up()
+    assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
+    assert host.used_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kv_survives_beside_rounds_on_a_gpu(dtype: torch.dtype) -> None:
+    """The kernel, the staging block, pinned memory and the order of streams, as a server uses them.
+
+    The round in flight before the way back is slow, and writes into the slots that are restored to.
+    """
+    rounds = torch.cuda.Stream()
+    buffers = [buffer.cuda() for buffer in device_buffers(dtype)]
+    widths = [buffer[0].numel() for buffer in buffers]
+    num_bytes = 40 * BLOCK * sum(widths) * buffers[0].element_size()
+    host = HostPool(widths, dtype, num_bytes, block_tokens=BLOCK, is_pinned=True)
+    mover = Mover(host, lambda: buffers, device_queues("cuda", rounds), is_staged=True)
+    mover.warm_up()
+    slots = torch.randperm(NUM_SLOTS, device="cuda")[:250]
+    expected = [buffer[slots].clone() for buffer in buffers]
+    for start in (0, 37, 240):
+        blocks = host.alloc(len(slots))
+        assert blocks is not None
+        out = mover.copy_out(slots, blocks)
+        out.wait()
+        target = torch.randperm(NUM_SLOTS, device="cuda")[: len(slots) - start]
+        with torch.cuda.stream(rounds):
+            rounds.wait_stream(torch.cuda.current_stream())
+            torch.cuda._sleep(10**8)
+            for buffer in buffers:
+                buffer.fill_(float("nan"))
+        back = mover.copy_in(target, blocks, start=start)
+        assert not back.is_done(), "the round in flight comes first"
+        back.wait()
+        assert back.seconds() > 0
+        for buffer, kv in zip(buffers, expected, strict=True):
+            assert torch.equal(buffer[target], kv[start:])
+            buffer[slots] = kv
+        host.free(blocks)
+        torch.cuda.synchronize()

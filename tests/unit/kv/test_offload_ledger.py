@@ -12,6 +12,7 @@ from sglang_sparsespec.errors import AccountError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
 from sglang_sparsespec.kv.offload import HostPool, Transfer
 from sglang_sparsespec.kv.policy import Seniority
+from sglang_sparsespec.kv.queues import HostMark
 
 
 def host_pool(num_blocks: int = 8) -> HostPool:
@@ -28,7 +29,7 @@ def entry(host: HostPool, rid: str, num_tokens: int, place: Place = Place.ON_HOS
         num_tokens=num_tokens,
         blocks=blocks,
         place=place,
-        transfer=Transfer(0) if is_moving else None,
+        transfer=Transfer(0, HostMark(), HostMark(), []) if is_moving else None,
         device_tokens=num_tokens if is_moving else 0,
     )
 

@@ -1,0 +1,32 @@
+"""Three minutes of scripts/soak.py, mixed traffic against a small pool; docs/results.md has a longer run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_nothing_is_lost_and_memory_stays_flat(tmp_path: Path) -> None:
+    """A leak of a few bytes a request, a request that vanishes once in thousands, a server that ends with slots in use.
+
+    Memory may grow by more than in a long run: buffers are still finding their size.
+    """
+    output = tmp_path / "soak.json"
+    command = [sys.executable, "scripts/soak.py", "--minutes", "3", "--growth", "0.05", "--output", str(output)]
+    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+    assert report.returncode == 0, report.stdout[-3000:] + report.stderr[-3000:]
+    result = json.loads(output.read_text())
+    assert result["failures"] == []
+    assert min(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect")) > 0
+    answered = sum(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect"))
+    assert answered == result["requests"]["sent"]
+    assert result["metrics"]["offloads_total"] > 0
+    assert result["metrics"]["offload_refusals_total"] == 0
