@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_sparsespec.bench import cost_model
 from sglang_sparsespec.bench.cells import Contender
 from sglang_sparsespec.bench.shapes import BYTES, ModelShape
+from sglang_sparsespec.bench.summary import client_lag
 from sglang_sparsespec.config import SparseSpecConfig
 
 if TYPE_CHECKING:
@@ -84,15 +85,16 @@ def check_all(rows: Sequence[Row], provenance: dict[str, Any]) -> tuple[list[Mod
 def plain_fit(rows: Sequence[Row], target: str, batch: int, temperature: float) -> tuple[float, float] | None:
     """(W ms, A ms per pool token) from all slices of the baseline with this batch, and this sampling if possible."""
     for same_sampling in (True, False):
+        # a client that lags stretches the steps that it sees
         parts = [
-            part
+            (part["pool_tokens"], part["round_ms"] / client_lag(turn))
             for row in rows
             if row.is_baseline and row.target == target and row.scene["batch"] == batch
             if not same_sampling or row.scene["temperature"] == temperature
             for turn in row.turns
             for part in turn["result"]["slices"]
         ]
-        fit = sweep_fit([p["pool_tokens"] for p in parts], [p["round_ms"] for p in parts])
+        fit = sweep_fit(*zip(*parts, strict=True)) if parts else None
         if fit is not None:
             return fit
     return None

@@ -69,7 +69,7 @@ def _row(turns: list[Record], records: Sequence[Record], gates: list[Record]) ->
     first = turns[0]
     speeds = [turn["result"]["tokens_per_s"] for turn in turns]
     medians = {name: _median(turn["result"].get(name) for turn in turns) for name in (*TIMES, *GAUGES)}
-    is_limited = any(_is_client_limited(turn) for turn in turns)
+    is_limited = any(client_lag(turn) > 1 for turn in turns)
     refusal = gate_refusal(first, gates)
     ratio = None
     if not refusal:
@@ -118,10 +118,11 @@ def _acceptance(turn: Record) -> str:
     return f"simulated, {turn['simulated_accept_length']:g}"
 
 
-def _is_client_limited(turn: Record) -> bool:
+def client_lag(turn: Record) -> float:
+    """Scheduler's rate over the client's where the stream was clearly slower than the engine, else 1."""
     result = turn["result"]
-    scheduler = result.get("scheduler_tokens_per_s")
-    return scheduler is not None and scheduler > (1 + CLIENT_LIMIT) * result["tokens_per_s"]
+    lag = (result.get("scheduler_tokens_per_s") or 0.0) / result["tokens_per_s"]
+    return lag if lag > 1 + CLIENT_LIMIT else 1.0
 
 
 def _ratio(turns: Sequence[Record], baseline: Sequence[Record]) -> float:
@@ -130,7 +131,7 @@ def _ratio(turns: Sequence[Record], baseline: Sequence[Record]) -> float:
     A contender without a rate of the scheduler's keeps the client's, which then is too low, never too high. Without one
     of the baseline both keep the client's.
     """
-    by_scheduler = any(map(_is_client_limited, [*turns, *baseline]))
+    by_scheduler = any(client_lag(turn) > 1 for turn in [*turns, *baseline])
     by_scheduler &= all(turn["result"].get("scheduler_tokens_per_s") for turn in baseline)
 
     def rate(turn: Record) -> float:

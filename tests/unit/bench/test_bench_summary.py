@@ -9,7 +9,7 @@ import pytest
 from bench_records import gate_record, turn_record
 
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
-from sglang_sparsespec.bench.model_check import check_all
+from sglang_sparsespec.bench.model_check import check_all, plain_fit
 from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.summary import Row, current, rows
 
@@ -90,6 +90,19 @@ def test_a_stream_that_is_too_slow_does_not_flatter_us(job: Job, our_rate: float
     ]
     assert row_of(rows(records), ours).ratio == 2.0
     assert "by the scheduler's clock" in markdown(records)
+
+
+def test_a_lagging_client_does_not_slow_the_plain_server_of_the_model(job: Job) -> None:
+    """Steps that a client stretched gave a W twice too large, and the model a speed-up near 1."""
+    plain = job.contenders[0]
+    records = []
+    for fill, ms in ((1000.0, 4.0), (3000.0, 8.0)):
+        scene = Scene(2, int(fill), 8)
+        record = turn_record(job, plain, scene, tokens_per_s=100.0, scheduler_tokens_per_s=200.0)
+        record["result"]["slices"] = [{"pool_tokens": fill, "round_ms": 2 * ms}]
+        records.append(record)
+    fit = plain_fit(rows(records), job.target.name, 2, 0.0)
+    assert fit == pytest.approx((2.0, 0.002))
 
 
 def test_records_of_another_context_stay_out(job: Job) -> None:
