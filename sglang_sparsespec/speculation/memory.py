@@ -24,8 +24,8 @@ SCORE_BYTES = 128 << 20
 # laying out slots takes the layers in groups of at most so many bytes, and so many for each slot while it does
 LAYOUT_BYTES = 64 << 20
 LAYOUT_ENTRY_BYTES = 24
-# a captured forward beyond its tensors: nodes, parameters, rounding of small blocks, what warm-ups leave. On an H100, 46
-# graphs of a 30-layer model took 3.5 MiB each beyond their forwards. The log shows after capture what graphs really took
+# a captured forward beyond its tensors: nodes, parameters, rounding of small blocks, what warm-ups leave. On an H100,
+# 46 graphs of a 30-layer model took 3.5 MiB each. The log shows after capture what graphs really took
 GRAPH_BYTES = 4 << 20
 # bytes that an acceptance holds for each probability of a chunk: itself, what it is computed from, a filter's sort (30)
 ACCEPT_ELEMENT_BYTES = 38
