@@ -86,6 +86,15 @@ class RoundPlan(NamedTuple):
     """Requests with penalties."""
 
 
+def length_bound(req: Req, num_draft_tokens: int) -> int:
+    """Tokens that the device may have committed of a request of this round, at most.
+
+    A request may have ended after the round's batch was made: where SGLang does without overlap for a batch (grammars),
+    it looks at the last result just before. Its slots are gone then, and what this round makes of it is dropped.
+    """
+    return req.seqlen + num_draft_tokens if req.kv is None else req.kv.kv_allocated_len
+
+
 class SparseSpecWorker(BaseSpecWorker):
     """Drafts with sparse attention over the served model's own weights and KV, and verifies with full attention.
 
@@ -179,7 +188,7 @@ class SparseSpecWorker(BaseSpecWorker):
             bounds = batch.seq_lens_cpu.tolist()
         else:
             # the device is ahead of the host by one round; what is allocated covers that
-            bounds = [req.kv.kv_allocated_len for req in batch.reqs]
+            bounds = [length_bound(req, self.config.num_draft_tokens) for req in batch.reqs]
         # what is allocated may pass the table; what a round writes does not
         limit = batch.req_to_token_pool.req_to_token.shape[1] - self.config.num_draft_tokens
         return RoundPlan(
