@@ -90,6 +90,15 @@ class RoundPlan(NamedTuple):
     """Requests with penalties."""
 
 
+def length_bound(req: Req, num_draft_tokens: int) -> int:
+    """Tokens that the device may have committed of a request of this round, at most.
+
+    A request may have ended after the round's batch was made: where SGLang does without overlap for a batch (grammars),
+    it looks at the last result just before. Its slots are gone then, and what this round makes of it is dropped.
+    """
+    return req.seqlen + num_draft_tokens if req.kv is None else req.kv.kv_allocated_len
+
+
 class SparseSpecWorker(BaseSpecWorker):
     """Drafts with sparse attention over the served model's own weights and KV, and verifies with full attention.
 
@@ -189,7 +198,7 @@ class SparseSpecWorker(BaseSpecWorker):
             bounds = batch.seq_lens_cpu.tolist()
         else:
             # the device is ahead of the host by one round; what is allocated covers that
-            bounds = [self._bound_len(req) for req in batch.reqs]
+            bounds = [length_bound(req, self.config.num_draft_tokens) for req in batch.reqs]
         # what is allocated may pass the table; what a round writes does not
         limit = batch.req_to_token_pool.req_to_token.shape[1] - self.config.num_draft_tokens
         return RoundPlan(
@@ -204,13 +213,6 @@ class SparseSpecWorker(BaseSpecWorker):
             rule=self._sampler.rule(batch),
             penalised=self._penalties.rows_of(batch),
         )
-
-    def _bound_len(self, req: Req) -> int:
-        """Of the length of a request, whose last round the host may not have seen."""
-        if req.kv is not None:
-            return req.kv.kv_allocated_len
-        # it ended in that round, and the host has just seen it: a batch with a grammar waits for its predecessor
-        return len(req.origin_input_ids) + len(req.output_ids) + self.config.num_draft_tokens
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
         """k steps of one token per request, each seeing the selected KV and everything since."""

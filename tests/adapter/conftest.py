@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 
@@ -24,15 +26,19 @@ def _registered() -> None:
 
 
 @pytest.fixture
-def server_args(_registered: None, tiny_qwen3_path: Path) -> ArgsFactory:
-    """ServerArgs of a small model on a CPU under SPARSESPEC; keywords win over these defaults."""
+def server_args(_registered: None, tiny_qwen3_path: Path) -> Iterator[ArgsFactory]:
+    """ServerArgs of a small model on a CPU under SPARSESPEC; keywords win over these defaults.
+
+    What they leave in the environment for the schedulers to come is taken back.
+    """
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
 
     def build(**kwargs: Any) -> SparseSpecServerArgs:
         defaults = {"model_path": str(tiny_qwen3_path), "device": "cpu", "speculative_algorithm": "SPARSESPEC"}
         return SparseSpecServerArgs(**{**defaults, **kwargs})
 
-    return build
+    with mock.patch.dict(os.environ):
+        yield build
 
 
 @pytest.fixture
