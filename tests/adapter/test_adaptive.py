@@ -178,7 +178,8 @@ def test_the_identity_names_what_rounds_cost_by(server_args: Callable[..., Any])
     base = identity(model, args.sparsespec_config, "torch_native", cpu)
     assert base["card"] == "cpu"
     assert base["architecture"] == "Qwen3ForCausalLM"
-    other = identity(model, SparseSpecConfig(selection="window", num_steps=4), "triton", cpu)
+    config = SparseSpecConfig(selection="window", num_steps=4, verify_attention="backend")
+    other = identity(model, config, "triton", cpu)
     assert {name for name in base if base[name] != other[name]} == {"selection", "num_steps", "attention_backend"}
 
 

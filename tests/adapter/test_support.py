@@ -193,10 +193,8 @@ def test_ranks_are_served_and_not_with_host_memory(
     assert f"--tp-size {tp_size}" in str(caught.value)
 
 
-def test_cpu_ranks_need_no_numa_node_each(server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_ranks_need_no_numa_node_each(server_args: Callable[..., Any]) -> None:
     """SGLang ends the schedulers of a machine with fewer nodes than ranks unless their cores are named."""
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "")
-    monkeypatch.delenv("SGLANG_CPU_OMP_THREADS_BIND")
     server_args()
     assert "SGLANG_CPU_OMP_THREADS_BIND" not in os.environ
     server_args(tp_size=2)
