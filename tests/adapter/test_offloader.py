@@ -21,11 +21,12 @@ pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
 
 
 @pytest.fixture
-def slow_copies(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Copies are under way until this set holds their id, or until somebody waits for them."""
-    done: set[int] = set()
-    monkeypatch.setattr(copies.Transfer, "is_done", lambda self: id(self) in done)
-    monkeypatch.setattr(copies.Transfer, "wait", lambda self: done.add(id(self)))
+def slow_copies(monkeypatch: pytest.MonkeyPatch) -> set[copies.Transfer]:
+    """Copies are under way until this set holds them, or until somebody waits for them."""
+    # the copies themselves: the id of one that is gone would soon be another's
+    done: set[copies.Transfer] = set()
+    monkeypatch.setattr(copies.Transfer, "is_done", lambda self: self in done)
+    monkeypatch.setattr(copies.Transfer, "wait", lambda self: done.add(self))
     return done
 
 
@@ -104,7 +105,7 @@ def move_to(host: Machine, place: Place) -> Any:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("place", list(Place))
 def test_abort_gives_everything_back(
-    machine: Callable[..., Machine], slow_copies: set[int], place: Place, page_size: int, is_radix: bool
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place, page_size: int, is_radix: bool
 ) -> None:
     """A slot, row, lock or host block of an aborted request that nobody frees, or that a copy still writes to."""
     host = machine(page_size, is_radix)
@@ -123,7 +124,7 @@ def test_abort_gives_everything_back(
 
 @pytest.mark.parametrize("place", list(Place))
 def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
-    machine: Callable[..., Machine], slow_copies: set[int], place: Place
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place
 ) -> None:
     """KV of old weights under new ones, or a request that is in two places."""
     host = machine()
@@ -135,7 +136,7 @@ def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
     assert host.rows.available_size() == NUM_ROWS - 1
 
 
-def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Machine], slow_copies: set[int]) -> None:
+def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Machine], slow_copies: set[copies.Transfer]) -> None:
     """Slots handed out earlier are overwritten under the copy, and the request comes back with another's KV."""
     host = machine()
     req = move_to(host, Place.LEAVING)
@@ -145,7 +146,7 @@ def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Mach
     running = SimpleNamespace(reqs=[])
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     assert host.used_slots() == used, "the copy is under way"
-    slow_copies.update(id(e.transfer) for e in host.offloader._moves.ledger.entries())
+    slow_copies.update(e.transfer for e in host.offloader._moves.ledger.entries())
     host.scheduler.chunked_req = object()
     host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
     # its prompt stays in the cache, unlocked
@@ -234,7 +235,7 @@ def test_a_full_host_retracts_and_says_so(
 
 @pytest.mark.parametrize("place", [Place.LEAVING, Place.RETURNING])
 def test_the_last_running_request_gets_what_copies_hold(
-    machine: Callable[..., Machine], slow_copies: set[int], place: Place
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place
 ) -> None:
     """SGLang ends the last request with an error when it does not fit; slots under a copy are no reason for that."""
     host = machine(is_radix=False)

@@ -46,8 +46,10 @@ def main():
             input_ids=[request["input_ids"] for request in requests],
             sampling_params=[request["sampling_params"] for request in requests],
         )
-        one = engine.generate(prompt="Hello", sampling_params={"temperature": 0.8, "max_new_tokens": 12})
-        greedy = {"temperature": 0, "max_new_tokens": 12}
+        # a sample of random weights may end at any token
+        length = {"max_new_tokens": 12, "ignore_eos": True}
+        one = engine.generate(prompt="Hello", sampling_params={"temperature": 0.8, **length})
+        greedy = {"temperature": 0, **length}
         stream = list(engine.generate(prompt="Hello", sampling_params=greedy, stream=True))
         info = engine.get_server_info()
         children = [[child.pid, child.create_time()] for child in psutil.Process().children(recursive=True)]
