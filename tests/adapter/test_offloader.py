@@ -136,7 +136,9 @@ def test_a_pause_that_retracts_gives_requests_back_to_the_queue(
     assert host.rows.available_size() == NUM_ROWS - 1
 
 
-def test_slots_are_free_only_when_their_copy_is_done(machine: Callable[..., Machine], slow_copies: set[copies.Transfer]) -> None:
+def test_slots_are_free_only_when_their_copy_is_done(
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer]
+) -> None:
     """Slots handed out earlier are overwritten under the copy, and the request comes back with another's KV."""
     host = machine()
     req = move_to(host, Place.LEAVING)
