@@ -42,7 +42,16 @@ def identity(
 ) -> dict[str, str]:
     """What the times of rounds depend on beside batch, k and KV in use: a profile of another server is refused."""
     shape = model_shape(model, 1)
-    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
+    options = (
+        "num_steps",
+        "selection",
+        "sharing",
+        "granularity",
+        "budget_ratio",
+        "min_budget",
+        "verify_attention",
+        "schedule",
+    )
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
         **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks"},
@@ -90,4 +99,5 @@ def round_shape(
         logits_bytes=logits_dtype.itemsize,
         num_sms=num_multiprocessors(device),
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
+        is_unified=config.schedule == "unified",
     )
