@@ -39,6 +39,10 @@ def next_token(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     return (7 * tokens + 3 * positions + 1) % VOCAB
 
 
+def together(*columns: torch.Tensor) -> list[Any]:
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
 class Engine:
     """A worker's parts around UnifiedRounds; `requests` are what its batches are made of."""
 
@@ -108,20 +112,9 @@ class Engine:
         is_draft = rows[:num_drafting] > 0
         self.seen.append(
             Seen(
-                list(
-                    zip(
-                        rows[:num_drafting][is_draft].tolist(), positions[:num_drafting][is_draft].tolist(), strict=True
-                    )
-                ),
+                together(rows[:num_drafting][is_draft], positions[:num_drafting][is_draft]),
                 (self._drafts.lens[is_draft] - self.selected[self._drafts.rows[is_draft]]).tolist(),
-                list(
-                    zip(
-                        verify.rows[real].tolist(),
-                        verify.committed_lens[real].tolist(),
-                        verify.num_queries[real].tolist(),
-                        strict=True,
-                    )
-                ),
+                together(verify.rows[real], verify.committed_lens[real], verify.num_queries[real]),
             )
         )
         self._forwards += 1
@@ -245,7 +238,6 @@ def test_coming_going_and_rows_that_change_hands(engine: Callable[..., Engine]) 
     host.round()
     host.reqs.append(away)
     host.round()
-    assert ([away.req_pool_idx], [host.state.committed_lens[away.req_pool_idx]]) is not None
     assert host.laid_out[0][0] == [away.req_pool_idx]
     # and one that comes back to another row
     moved = host.reqs[2]
@@ -322,7 +314,7 @@ def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., E
         batch, plan = host.batch_and_plan()
         batch.sampling_info.is_all_greedy = False
         plan.rule = SamplingRule(
-            temperatures=torch.full((num_reqs, 1), 0.5),
+            temperatures=torch.full((num_reqs, 1), 4.0),
             top_ks=torch.full((num_reqs,), 1 << 30, dtype=torch.int32),
             top_ps=torch.ones(num_reqs),
             min_ps=torch.zeros(num_reqs),
@@ -343,6 +335,6 @@ def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., E
     seen.clear()
     sampled()
     for drafts in seen:
-        probs = torch.softmax(drafts.logits / 0.5, dim=-1)
+        probs = torch.softmax(drafts.logits / 4.0, dim=-1)
         assert torch.allclose(probs.gather(2, drafts.tokens[..., None])[..., 0], drafts.probs, atol=1e-6)
         assert (drafts.probs < 1).all()
