@@ -201,13 +201,14 @@ def fit_pool(
     plan = plan_memory(model, rounds, tokens_in(max(0, left)))
     left = pool_bytes - plan.from_pool(activation_bytes)
     num_tokens = tokens_in(max(0, left))
-    # what a host that looks one round ahead holds for a full batch
-    least = 2 * rounds.max_reqs * rounds.width
+    # what a host that looks one round ahead holds for a full batch; unified rounds write further
+    num_rounds = 3 if rounds.is_unified else 2
+    least = num_rounds * rounds.max_reqs * rounds.width
     if num_tokens < least:
         raise ConfigError(
             "The KV pool, in tokens,",
             num_tokens,
-            f"at least {least}, two rounds of {rounds.max_reqs} requests",
+            f"at least {least}, {num_rounds} rounds of {rounds.max_reqs} requests",
             f"Weights and --mem-fraction-static leave {pool_bytes / GIB:.2f} GiB, of which SPARSESPEC needs "
             f"{plan.from_pool(activation_bytes) / GIB:.2f} ({plan.describe()}). Lower {_remedies(plan)}.",
         )

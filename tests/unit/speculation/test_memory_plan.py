@@ -184,9 +184,7 @@ def test_a_plan_that_leaves_too_small_a_pool_is_refused(pool_gib: float, num_tok
     message = str(caught.value)
     assert message.startswith("The KV pool, in tokens, is ")
     assert 0 <= int(message.split()[6].rstrip(";")) <= num_tokens
-    assert (
-        f"at least 2304, two rounds of 128 requests. Weights and --mem-fraction-static leave {pool_gib:.2f}" in message
-    )
+    assert f"at least 2304, 2 rounds of 128 requests. Weights and --mem-fraction-static leave {pool_gib:.2f}" in message
     for option in ("--max-running-requests", "--cuda-graph-max-bs-decode", "--speculative-num-steps"):
         assert option in message
 
