@@ -22,7 +22,32 @@ def widen_page_table_rows(original: Callable[[ServerArgs], int], server_args: Se
     return max(headroom, get_alloc_reserve_per_decode(server_args) + server_args.page_size)
 
 
+def reserve_held_drafts(original: Callable[[ServerArgs | None], int], server_args: ServerArgs | None = None) -> int:
+    """KV slots past the committed length that a request has before a decode step."""
+    from sglang.srt.runtime_context import get_server_args
+
+    reserve = original(server_args)
+    config = getattr(server_args or get_server_args(), "sparsespec_config", None)
+    # [n, n + k]      the round in flight, of which the host does not know yet how much it commits
+    # [.., .. + k]    what the next one verifies
+    # [.., .. + k)    and what it drafts behind that
+    if config is None or config.schedule == "lockstep":
+        return reserve
+    return reserve + config.num_draft_tokens
+
+
 PATCHES = (
+    Patch(
+        target="sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode",
+        why="A unified round drafts behind its verify, so it writes up to k tokens further than it verifies; SGLang "
+        "reserves for what a round verifies, twice.",
+        how="Adds k + 1 tokens to the reserve, with --sparsespec-schedule unified only.",
+        upstream="None: SGLang's own algorithms never write past what they verify.",
+        remove_when="SGLang asks the algorithm how many tokens a decode step may write.",
+        scope="sparsespec",
+        kind="around",
+        replacement=reserve_held_drafts,
+    ),
     Patch(
         target="sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
         why="At page size 1 a row has room for 4 + num_draft_tokens tokens past the context, but a decode step "

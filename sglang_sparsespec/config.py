@@ -17,7 +17,7 @@ GRANULARITIES: Final = ("token", "4", "8", "16")
 SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
 VERIFY_ATTENTIONS: Final = ("auto", "backend", "fused")
-SCHEDULES: Final = ("lockstep",)
+SCHEDULES: Final = ("lockstep", "unified")
 
 # docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
 DEFAULT_RECENT_WINDOW: Final = 32
@@ -62,7 +62,8 @@ class SparseSpecConfig:
     profile: str | None = None
     """File with what an adaptive server has learnt: read at start if there is one, written while it serves."""
     schedule: str = "lockstep"
-    """`lockstep`: all running requests draft together, then verify together."""
+    """`lockstep`: all running requests draft together, then verify together. `unified`: each forward of a round holds
+    drafts of most requests and verifies of some. Off until it has been measured on a GPU."""
     host_memory_gb: float = 0.0
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
     SGLang retracts them instead."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecVerifyInput
+from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecMixedStep, SparseSpecVerifyInput
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
 from sglang_sparsespec.selection import SelectionPolicy, StepPolicy
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_sparsespec.adapter.fused_verify import FusedVerify
+    from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
     from sglang_sparsespec.adapter.metrics import RefreshTimer
     from sglang_sparsespec.selection.step import StepDraftKV
     from sglang_sparsespec.selection.store import DraftKV, SelectionStore
@@ -58,6 +58,17 @@ class CapturePlan(NamedTuple):
             selectable_lens=self.selectable_lens[requests],
             token_index=None,
         )
+
+
+class MixedPlan(NamedTuple):
+    """What the drafting requests of a mixed forward see; its first tokens are theirs, one each."""
+
+    lists: torch.Tensor
+    """[num_layers, num_rows, num_kv_heads or 1, width], int32, KV slots by page-table row."""
+    rows: torch.Tensor
+    """[num_drafting], int64."""
+    lens: torch.Tensor
+    """[num_drafting], int32: entries that each sees, the token that is fed included."""
 
 
 @runtime_checkable
@@ -112,6 +123,7 @@ class SparseSpecAttnBackend:
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.draft_kv: DraftKV | StepDraftKV | None = None
+        self._mixed: MixedPlan | None = None
         self._capture: CapturePlan | None = None
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
@@ -136,6 +148,12 @@ class SparseSpecAttnBackend:
     def plan_drafts(self, draft_kv: DraftKV | StepDraftKV) -> None:
         """Set what draft steps read from now on; the step that has begun counts its own token."""
         self.draft_kv = draft_kv
+
+    def plan_mixed(self, drafts: MixedPlan, verify: FusedPlan) -> None:
+        """Set who drafts and who verifies in the mixed forwards from now on."""
+        assert self.fused is not None
+        self._mixed = drafts
+        self.fused.begin(verify)
 
     def select_without_attention(self, rows: torch.Tensor, kv_lens: torch.Tensor, max_len: int) -> None:
         """Refresh every layer, by a policy that asks no attention."""
@@ -222,7 +240,9 @@ class SparseSpecAttnBackend:
     ) -> torch.Tensor:
         if isinstance(forward_batch.spec_info, SparseSpecVerifyInput) and forward_batch.spec_info.is_fused:
             assert self.fused is not None
-            return self.fused.attend(q, k, v, layer, forward_batch.out_cache_loc, save_kv_cache)
+            if save_kv_cache:
+                self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+            return self.fused.attend(q, layer)
         plan = self._capture
         if plan is None:
             return self.dense.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -260,11 +280,13 @@ class SparseSpecAttnBackend:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not isinstance(forward_batch.spec_info, SparseSpecDraftStep):
+        if not isinstance(forward_batch.spec_info, SparseSpecDraftStep | SparseSpecMixedStep):
             return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        assert self.draft_kv is not None, "a draft step before its round was planned"
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
+        if isinstance(forward_batch.spec_info, SparseSpecMixedStep):
+            return self._forward_mixed(q, layer)
+        assert self.draft_kv is not None, "a draft step before its round was planned"
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
@@ -272,6 +294,26 @@ class SparseSpecAttnBackend:
         slots, lens = self.draft_kv.layer_kv(layer.layer_id, queries, k_cache, **options)
         out = sparse_decode(queries, k_cache, v_cache, slots, lens, **options)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _forward_mixed(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Sparse attention of the first tokens, which draft; then that of a verify. All KV is written."""
+        drafts = self._mixed
+        assert drafts is not None, "a mixed forward before it was planned"
+        assert self.fused is not None
+        num_drafting = drafts.rows.shape[0]
+        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        drafted = sparse_decode(
+            queries[:num_drafting],
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
+            drafts.lists[layer.layer_id],
+            drafts.lens,
+            scale=layer.scaling,
+            logit_cap=layer.logit_cap,
+            kv_rows=drafts.rows,
+        )
+        verified = self.fused.attend(queries[num_drafting:], layer)
+        return torch.cat([drafted.flatten(1), verified])
 
     # Capture and refresh
 

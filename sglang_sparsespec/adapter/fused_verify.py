@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec.ops.paged_attention import paged_attention
 from sglang_sparsespec.selection import SelectionPolicy
@@ -75,27 +74,14 @@ class FusedVerify:
         lens = plan.committed_lens.long()
         self._score_starts = lens.cumsum(0) - lens
 
-    def attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        out_cache_loc: torch.Tensor,
-        save_kv_cache: bool,
-    ) -> torch.Tensor:
-        """One layer's attention, flat; with the last layer that waits, the selections too.
-
-        Writes K and V unless the model has done so (`save_kv_cache`): a fused rotary kernel may hand on none.
-        """
+    def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """One layer's attention, flat; with the last layer that waits, the selections too. All KV is written."""
         plan = self._plan
         assert plan is not None, "a verify before it was planned"
-        if save_kv_cache:
-            self._kv_pool.set_kv_buffer(layer, KVWriteLoc(out_cache_loc, None), k, v)
         waiting = layer.layer_id % self._scores.shape[0]
         scores = None if self._policy is None else self._scores[waiting]
         out, _ = paged_attention(
-            q.view(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim),
+            q.reshape(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim),
             self._kv_pool.get_key_buffer(layer.layer_id),
             self._kv_pool.get_value_buffer(layer.layer_id),
             self._req_to_token,

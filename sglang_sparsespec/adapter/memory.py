@@ -42,11 +42,11 @@ def identity(
 ) -> dict[str, str]:
     """What the times of rounds depend on beside batch, k and KV in use: a profile of another server is refused."""
     shape = model_shape(model, 1)
-    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
+    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
         **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks"},
-        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling")},
+        **{name: str(getattr(config, name)) for name in (*options, "verify_attention", "schedule", "draft_sampling")},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -90,4 +90,5 @@ def round_shape(
         logits_bytes=logits_dtype.itemsize,
         num_sms=num_multiprocessors(device),
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
+        is_unified=config.schedule == "unified",
     )

@@ -31,13 +31,17 @@ class Ranks:
     def __init__(self, group: GroupCoordinator) -> None:
         self._group = group
 
+    @property
+    def num_ranks(self) -> int:
+        return self._group.world_size
+
     def agree(self, tokens: torch.Tensor) -> torch.Tensor:
         """Overwrite `tokens`, contiguous and of one shape on all ranks, with those of rank 0; returns them."""
         return self._group.broadcast(tokens, src=0)
 
     def agree_on_acceptance(self, acceptance: Acceptance) -> Acceptance:
         """Rank 0's acceptance, in one broadcast."""
-        if self._group.world_size == 1:
+        if self.num_ranks == 1:
             return acceptance
         tokens, lens = acceptance.accept_tokens, acceptance.accept_lens
         packed = self.agree(torch.cat([tokens.flatten(), lens.to(tokens.dtype)]))

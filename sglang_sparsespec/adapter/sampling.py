@@ -24,6 +24,58 @@ if TYPE_CHECKING:
     from sglang_sparsespec.adapter.penalties import PenalisedRows
 
 
+class KeptDrafts:
+    """What drafts were sampled from, by page-table row: memory that outlives a round, made when it is first needed.
+
+    Args:
+        num_rows: of the page table.
+        num_steps: K.
+    """
+
+    def __init__(self, num_rows: int, num_steps: int) -> None:
+        self._shape = (num_rows, num_steps)
+        self._logits: torch.Tensor | None = None
+        self._probs: torch.Tensor | None = None
+
+    def keep(self, rows: torch.Tensor, steps: torch.Tensor, logits: torch.Tensor, probs: torch.Tensor) -> None:
+        """Keep one draft of some requests.
+
+        Args:
+            rows: [num_reqs], int64, their rows.
+            steps: [num_reqs], int64, which of its drafts it is.
+            logits: [num_reqs, vocab_size], what it was sampled from.
+            probs: [num_reqs], float32, what it was sampled with.
+        """
+        kept_logits, kept_probs = self._tensors(logits)
+        kept_logits[rows, steps] = logits
+        kept_probs[rows, steps] = probs
+
+    def drafts(self, rows: torch.Tensor, tokens: torch.Tensor, *, are_sampled: bool) -> Drafts:
+        """The drafts of some requests ([num_reqs], int64), whose tokens are [num_reqs, K]."""
+        drafts = Drafts(tokens.shape[0], tokens.shape[1], tokens.device)
+        drafts.tokens = tokens
+        if are_sampled and self._logits is not None and self._probs is not None:
+            drafts.logits, drafts.probs = self._logits[rows], self._probs[rows]
+        return drafts
+
+    def lend(self, num_reqs: int, num_steps: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same memory by place in a batch, for a round that holds nothing: [num_reqs, num_steps, vocab_size] for
+        logits like these, and [num_reqs, num_steps] float32."""
+        kept_logits, kept_probs = self._tensors(logits)
+        count, vocab_size = num_reqs * num_steps, logits.shape[-1]
+        return (
+            kept_logits.flatten()[: count * vocab_size].view(num_reqs, num_steps, vocab_size),
+            kept_probs.flatten()[:count].view(num_reqs, num_steps),
+        )
+
+    def _tensors(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._logits is None or self._probs is None:
+            # rows that were never sampled are read where a request has fewer drafts than others: nothing there is NaN
+            self._logits = logits.new_zeros((*self._shape, logits.shape[-1]))
+            self._probs = torch.ones(self._shape, dtype=torch.float32, device=logits.device)
+        return self._logits, self._probs
+
+
 class Drafts:
     """What a draft phase proposes, filled step by step.
 
@@ -31,9 +83,13 @@ class Drafts:
         num_reqs: requests.
         num_steps: k.
         device: of everything.
+        memory: where to keep logits; None: in memory of its own.
     """
 
-    def __init__(self, num_reqs: int, num_steps: int, device: torch.device | str) -> None:
+    def __init__(
+        self, num_reqs: int, num_steps: int, device: torch.device | str, memory: KeptDrafts | None = None
+    ) -> None:
+        self._memory = memory
         self.tokens = torch.empty((num_reqs, num_steps), dtype=torch.int64, device=device)
         """[num_reqs, num_steps], int64."""
         self.probs: torch.Tensor | None = None
@@ -44,9 +100,13 @@ class Drafts:
     def keep(self, step: int, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Keep [num_reqs, vocab_size] logits of a step as `dtype`, and return them as they are kept."""
         if self.logits is None:
-            shape = (*self.tokens.shape, logits.shape[-1])
-            self.logits = torch.empty(shape, dtype=dtype, device=logits.device)
-            self.probs = torch.empty(self.tokens.shape, dtype=torch.float32, device=logits.device)
+            num_reqs, num_steps = self.tokens.shape
+            if self._memory is not None:
+                self.logits, self.probs = self._memory.lend(num_reqs, num_steps, logits.to(dtype))
+            else:
+                shape = (num_reqs, num_steps, logits.shape[-1])
+                self.logits = torch.empty(shape, dtype=dtype, device=logits.device)
+                self.probs = torch.empty(self.tokens.shape, dtype=torch.float32, device=logits.device)
         self.logits[:, step] = logits
         return self.logits[:, step]
 
@@ -123,10 +183,19 @@ class RoundSampler:
             # what is kept is rounded, so it is what the draft has to come from
             kept = drafts.keep(step, logits, dtype)
             assert drafts.probs is not None
-            drafts.tokens[:, step], drafts.probs[:, step] = chunked.draw(kept, rule, self._coins(kept.shape[0]))
+            drafts.tokens[:, step], drafts.probs[:, step] = self.draw(kept, rule)
         else:
             drafts.tokens[:, step] = logits.argmax(dim=-1)
         return drafts.tokens[:, step]
+
+    def draw(self, logits: torch.Tensor, rule: SamplingRule) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token per request, and how probable it was: [num_reqs] int64 and float32.
+
+        Args:
+            logits: [num_reqs, vocab_size], not changed.
+            rule: of these requests.
+        """
+        return chunked.draw(logits, rule, self._coins(logits.shape[0]))
 
     def adjust(
         self,

@@ -120,7 +120,14 @@ class SparseSpecServerArgs(ServerArgs):
     ] = _DEFAULTS.profile
     sparsespec_schedule: Annotated[
         str,
-        Arg(help=_help("how drafts and verifies share forwards.", _DEFAULTS.schedule), choices=list(cfg.SCHEDULES)),
+        Arg(
+            help=_help(
+                "lockstep: all requests draft together, then verify together; unified: in every forward some verify "
+                "while the others draft.",
+                _DEFAULTS.schedule,
+            ),
+            choices=list(cfg.SCHEDULES),
+        ),
     ] = _DEFAULTS.schedule
     sparsespec_host_memory_gb: Annotated[
         float | str,
@@ -235,7 +242,7 @@ def choose_verify_attention(config: SparseSpecConfig, device: str) -> SparseSpec
     """Resolve `auto`; anything else is the user's."""
     if config.verify_attention != "auto":
         return config
-    is_fused = device != "cpu" and can_fuse(config)
+    is_fused = (device != "cpu" or config.schedule == "unified") and can_fuse(config)
     return dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
 
 

@@ -60,6 +60,19 @@ class SparseSpecDraftStep(SpecInput):
 
 
 @dataclass
+class SparseSpecMixedStep(SpecInput):
+    """Marks a forward in which some requests draft and others verify; who does, lives in the attention backend."""
+
+    positions: torch.Tensor
+    """[num_tokens], int64."""
+
+    def __post_init__(self) -> None:
+        super().__init__(spec_input_type=SpecInputType.EAGLE_DRAFT)
+        self.num_tokens_per_req = 1
+        self.num_tokens_for_logprob_per_req = 1
+
+
+@dataclass
 class SparseSpecVerifyInput(DFlashVerifyInput):
     """A chain of k + 1 tokens per request under the ordinary causal mask.
 

@@ -47,8 +47,10 @@ class StaticRound:
         self.step_tokens = zeros(max_reqs)
         self.step_positions = zeros(max_reqs)
         self.step_slots = zeros(max_reqs)
-        num_layers, _, num_heads, max_budget = store.positions.shape
-        self._draft_slots = zeros(num_layers, max_reqs, num_heads, max_budget + tail, dtype=torch.int32)
+        num_layers, num_rows, num_heads, max_budget = store.positions.shape
+        self.draft_slots = zeros(num_layers, num_rows, num_heads, max_budget + tail, dtype=torch.int32)
+        """[num_layers, num_rows, num_kv_heads or 1, width]: here by place in the batch. The other schedule, which never
+        runs in the same round, keeps its lists in them by page-table row."""
         self._draft_lens = zeros(max_reqs, dtype=torch.int32)
 
     @property
@@ -85,7 +87,7 @@ class StaticRound:
         ]
         if draft_kv is not None:
             pairs.append((self._draft_lens, draft_kv.lens))
-            self._draft_slots[:, :num_reqs, :, : draft_kv.slots.shape[-1]].copy_(draft_kv.slots)
+            self.draft_slots[:, :num_reqs, :, : draft_kv.slots.shape[-1]].copy_(draft_kv.slots)
         for target, value in pairs:
             target[:num_reqs].copy_(value)
             target[num_reqs:batch_size].zero_()
@@ -94,7 +96,7 @@ class StaticRound:
 
     def draft_kv(self, batch_size: int) -> DraftKV:
         """What draft steps of `batch_size` rows read; `lens` counts the step's own token once it has begun."""
-        return DraftKV(self._draft_slots[:, :batch_size], self._draft_lens[:batch_size])
+        return DraftKV(self.draft_slots[:, :batch_size], self._draft_lens[:batch_size])
 
     def begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
         """Feed one token per request ([num_reqs], int64) at position n + step."""

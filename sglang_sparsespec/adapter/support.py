@@ -178,6 +178,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_model(server_args.get_model_config())
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
+    _check_schedule(config)
     _check_host_memory(config, resolved.tp_size)
     _check_adaptive(config, resolved.tp_size)
 
@@ -215,6 +216,27 @@ def _check_verify_attention(config: SparseSpecConfig) -> None:
             "fused",
             f"auto or backend with --sparsespec-selection {config.selection}",
             "The fused kernel scores by all queries of a verify. Use --sparsespec-selection pillar, or backend.",
+        )
+
+
+def _check_schedule(config: SparseSpecConfig) -> None:
+    if config.schedule != "unified":
+        return
+    if not isinstance(POLICIES[config.selection](config), SelectionPolicy):
+        raise ConfigError(
+            "--sparsespec-schedule",
+            "unified",
+            f"lockstep with --sparsespec-selection {config.selection}",
+            "Drafts beside verifies read selections that were made before. Use pillar, window or random, or lockstep.",
+        )
+    if config.verify_attention != "fused":
+        raise ConfigError(
+            "--sparsespec-schedule",
+            "unified",
+            f"lockstep with --sparsespec-verify-attention {config.verify_attention}, --sparsespec-selection "
+            f"{config.selection}",
+            "Only our own kernel verifies some requests of a forward. Use --sparsespec-verify-attention fused with a "
+            "policy that scores by all queries of a verify, or by none; or lockstep.",
         )
 
 

@@ -34,9 +34,11 @@ from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.ranks import Ranks
-from sglang_sparsespec.adapter.sampling import Drafts, RoundSampler
+from sglang_sparsespec.adapter.sampling import Drafts, KeptDrafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound
+from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
+from sglang_sparsespec.adapter.unified_state import UnifiedState
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
-    from sglang_sparsespec.selection.store import SavedSelection
+    from sglang_sparsespec.selection.store import DraftKV, SavedSelection
     from sglang_sparsespec.speculation.acceptance import Acceptance
     from sglang_sparsespec.speculation.distribution import SamplingRule
     from sglang_sparsespec.speculation.memory import MemoryPlan, ModelShape, RoundShape
@@ -149,6 +151,8 @@ class SparseSpecWorker(BaseSpecWorker):
         # SGLang sizes the KV pool next; a CPU's memory is not shared out
         patches.install_reserve(self._reserve if self.device == "cuda" else None)
         self._step_kv: StepDraftKV | None = None
+        self._unified: UnifiedRounds | None = None
+        self._kept: KeptDrafts | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
         self._steps = RoundSteps(self.config, self._identity())
         self._metrics.watch(lambda: self._steps.status)
@@ -179,13 +183,30 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
+        run = self._run_lockstep
+        if self._unified is not None:
+            if self._can_fuse(plan) and self._unified.takes(batch, plan):
+                run = self._run_unified
+            else:
+                self._unified.forget()
+        acceptance, logits_output = run(batch, plan)
+        return self._commit(batch, plan, logits_output, acceptance, on_publish)
+
+    def _run_lockstep(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
+        """All draft together, then all verify together."""
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
         acceptance = self._sampler.accept(
             logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule, plan.steps.limits_on(self.device)
         )
-        acceptance = self._ranks.agree_on_acceptance(acceptance)
-        return self._commit(batch, plan, logits_output, acceptance, on_publish)
+        return self._ranks.agree_on_acceptance(acceptance), logits_output
+
+    def _run_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
+        """Some verify while the others draft, k + 1 times."""
+        assert self._unified is not None
+        self._bound_verify(plan)
+        acceptance, logits = self._unified.run(batch, plan)
+        return acceptance, LogitsProcessorOutput(next_token_logits=logits)
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
         kv_lens = [req.kv_committed_len for req in batch.reqs]
@@ -218,7 +239,7 @@ class SparseSpecWorker(BaseSpecWorker):
         """k steps of one token per request, each seeing the selected KV and everything since."""
         self._load(plan, batch.req_to_token_pool.req_to_token)
         num_reqs = plan.rows.shape[0]
-        drafts = Drafts(num_reqs, plan.steps.num_steps, self.device)
+        drafts = Drafts(num_reqs, plan.steps.num_steps, self.device, self._kept)
         current = batch.spec_info.bonus_tokens.long()
         for step in range(plan.steps.num_steps):
             self._begin_step(step, current, plan.batch_size)
@@ -237,13 +258,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 self._policy, plan.rows, plan.committed_lens.int(), req_to_token, plan.max_committed_len
             )
         elif plan.steps.num_steps > 0:
-            draft_kv = self._store.draft_kv(
-                plan.rows,
-                plan.committed_lens,
-                req_to_token,
-                max_selected=min(self._policy.max_budget(plan.max_committed_len), self._max_budget),
-                tail=self.config.draft_tail,
-            )
+            draft_kv = self._list_slots(plan.rows, plan.committed_lens, plan.max_committed_len)
         self._static.load(
             plan.rows,
             plan.committed_lens,
@@ -252,6 +267,16 @@ class SparseSpecWorker(BaseSpecWorker):
             draft_kv,
             plan.batch_size,
             num_queries=plan.steps.num_steps + 1,
+        )
+
+    def _list_slots(self, rows: torch.Tensor, committed_lens: torch.Tensor, max_committed_len: int) -> DraftKV:
+        """What drafts of the requests at `rows` see, from their selections on."""
+        return self._store.draft_kv(
+            rows,
+            committed_lens,
+            self.req_to_token_pool.req_to_token,
+            max_selected=min(self._policy.max_budget(max_committed_len), self._max_budget),
+            tail=self.config.draft_tail,
         )
 
     def _begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
@@ -264,13 +289,14 @@ class SparseSpecWorker(BaseSpecWorker):
         static = self._static
         self._backend.plan_drafts(static.draft_kv(batch_size) if self._step_kv is None else self._step_kv)
         positions = static.step_positions[:batch_size]
-        return self._forward(
+        return self.run_model(
             ForwardMode.DECODE,
-            batch_size,
             static.step_tokens[:batch_size],
             positions,
             static.step_slots[:batch_size],
             SparseSpecDraftStep(positions=positions),
+            rows=static.rows[:batch_size],
+            lens=static.committed_lens[:batch_size],
         )
 
     def _verify_body(self, width: int, batch_size: int) -> torch.Tensor:
@@ -289,9 +315,8 @@ class SparseSpecWorker(BaseSpecWorker):
         chain, positions, slots = (
             tensor[:batch_size, :width].flatten() for tensor in (static.chain, static.positions, static.slots)
         )
-        return self._forward(
+        return self.run_model(
             ForwardMode.TARGET_VERIFY,
-            batch_size,
             chain,
             positions,
             slots,
@@ -301,24 +326,41 @@ class SparseSpecWorker(BaseSpecWorker):
                 draft_token_num=width,
                 is_fused=True,
             ),
+            rows=static.rows[:batch_size],
+            lens=static.committed_lens[:batch_size],
         )
 
-    def _forward(
+    def run_model(
         self,
         mode: ForwardMode,
-        batch_size: int,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         out_cache_loc: torch.Tensor,
         spec_info: SpecInput,
+        *,
+        rows: torch.Tensor,
+        lens: torch.Tensor,
     ) -> torch.Tensor:
-        """The model over static tensors, past SGLang's runners, whose graphs know their own algorithms only."""
+        """The model over static tensors, past SGLang's runners, whose graphs know their own algorithms only.
+
+        Args:
+            mode: of the forward.
+            input_ids: [num_tokens], int64.
+            positions: [num_tokens], int64.
+            out_cache_loc: [num_tokens], int64, KV slots.
+            spec_info: tells our attention backend what this is.
+            rows: [batch_size], page-table rows, as SGLang wants to know them.
+            lens: [batch_size], likewise.
+
+        Returns:
+            Logits of every token, [num_tokens, vocab_size].
+        """
         forward_batch = ForwardBatch(
             forward_mode=mode,
-            batch_size=batch_size,
+            batch_size=rows.shape[0],
             input_ids=input_ids,
-            req_pool_indices=self._static.rows[:batch_size],
-            seq_lens=self._static.committed_lens[:batch_size],
+            req_pool_indices=rows,
+            seq_lens=lens,
             out_cache_loc=out_cache_loc,
             seq_lens_sum=0,
             positions=positions,
@@ -364,15 +406,18 @@ class SparseSpecWorker(BaseSpecWorker):
         num_reqs, num_tokens = chain.shape
         width = min(width for width in self._verify_forwards if width >= num_tokens)
         self._static.set_chain(chain, plan.batch_size)
-        if self.device == "cpu":
-            # a tighter bound than the context's, where nothing is captured
-            self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
+        self._bound_verify(plan)
         logits = self._verify_forwards[width](plan.batch_size)[: num_reqs * width]
         if width > num_tokens:
             logits = logits.view(num_reqs, width, -1)[:, :num_tokens].flatten(0, 1)
         if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
             self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
         return LogitsProcessorOutput(next_token_logits=logits)
+
+    def _bound_verify(self, plan: RoundPlan) -> None:
+        if self.device == "cpu":
+            # a tighter bound than the context's, where nothing is captured
+            self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
 
     def _verify_with_backend(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
         if batch.seq_lens_cpu is None and getattr(self._backend.dense, "needs_cpu_seq_lens", True):
@@ -437,6 +482,8 @@ class SparseSpecWorker(BaseSpecWorker):
     def prepare_for_kv_cache_release(self, req: Req) -> None:
         """A request ended, one way or another."""
         self._penalties.drop(req.rid)
+        if self._unified is not None:
+            self._unified.drop(req.rid)
 
     @property
     def draft_worker(self) -> Any:
@@ -450,11 +497,21 @@ class SparseSpecWorker(BaseSpecWorker):
 
     @property
     def graph_memory_usage(self) -> dict[str, float]:
-        return {forward.name: forward.memory_gb for forward in (self._draft_step, *self._verify_forwards.values())}
+        return {forward.name: forward.memory_gb for forward in self._forwards}
 
     @property
     def graph_time_usage(self) -> dict[str, float]:
-        return {forward.name: forward.capture_s for forward in (self._draft_step, *self._verify_forwards.values())}
+        return {forward.name: forward.capture_s for forward in self._forwards}
+
+    @property
+    def _forwards(self) -> list[PaddedForward]:
+        """In the order in which they are captured; the widest verify is first of those that share its memory."""
+        forwards = [self._draft_step]
+        if self._backend.fused is not None:
+            forwards += self._verify_forwards.values()
+        if self._unified is not None:
+            forwards.append(self._unified.forward)
+        return forwards
 
     @property
     def weight_load_time(self) -> float:
@@ -539,6 +596,27 @@ class SparseSpecWorker(BaseSpecWorker):
             )
             for steps in reversed(self.config.step_choices)
         }
+        if self.config.schedule == "unified":
+            self._unified = self._make_unified(max_reqs, batch_sizes)
+
+    def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:
+        req_to_token = self.req_to_token_pool.req_to_token
+        self._kept = KeptDrafts(req_to_token.shape[0], self.config.num_steps)
+        return UnifiedRounds(
+            UnifiedState(
+                num_rows=req_to_token.shape[0],
+                max_reqs=max_reqs,
+                num_steps=self.config.num_steps,
+                lists=self._static.draft_slots,
+            ),
+            MixedForward(self._backend, self.run_model, req_to_token, lambda: self._verify_max_len),
+            batch_sizes,
+            num_steps=self.config.num_steps,
+            sampler=self._sampler,
+            kept=self._kept,
+            ranks=self._ranks,
+            list_slots=self._list_slots,
+        )
 
     @property
     def _logits_dtype(self) -> torch.dtype:
@@ -630,10 +708,8 @@ class SparseSpecWorker(BaseSpecWorker):
         """Capture a draft step, and the verify where it is our own; on a CPU there is nothing to capture."""
         if self.device == "cpu":
             return
-        self._draft_step.capture()
-        if self._backend.fused is not None:
-            for forward in self._verify_forwards.values():
-                forward.capture()
+        for forward in self._forwards:
+            forward.capture()
         if self._memory is not None:
             logger.info(
                 "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sglang_sparsespec.bench.cells import Contender, Skip
 from sglang_sparsespec.bench.server import PLAIN_CPU_SERVER
-from sglang_sparsespec.config import SCHEDULES, SELECTIONS
+from sglang_sparsespec.config import SELECTIONS, SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # the bonus and what the paper (arXiv:2512.01278) saw accepted: 6.16 of 8 drafts, about 1.6 of 4, about 1.1 of 3
 SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6, "eagle3": 2.1}
 ORIGINS = {"window": "MagicDec's StreamingLLM drafts", "pillar": "SparseSpec", "random": "a lower bound"}
+DEFAULT_SCHEDULE = SparseSpecConfig().schedule
+# those that our own verify serves, with selections made before the drafts (adapter/support.py)
+UNIFIED_POLICIES = ("pillar", "window", "random")
 NO_GPU_ARGS = ("--device", "cpu")
 
 
@@ -54,17 +57,24 @@ def eagle3(machine: Machine, draft: str | None, simulated: float) -> tuple[list[
 
 
 def sparsespec(
-    machine: Machine, policies: Iterable[str], simulated: float, extra: tuple[str, ...] = ()
+    machine: Machine,
+    policies: Iterable[str],
+    simulated: float,
+    extra: tuple[str, ...] = (),
+    schedules: Iterable[str] = (DEFAULT_SCHEDULE,),
 ) -> list[Contender]:
-    """Our engine: each policy under each schedule; `extra` are options for all of them."""
+    """Our engine: each policy under each schedule that serves it; `extra` are options for all of them."""
     found = []
     for policy in policies:
-        for schedule in SCHEDULES:
+        for schedule in schedules:
+            if schedule == "unified" and policy not in UNIFIED_POLICIES:
+                continue
             args: tuple[str, ...] = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-selection", policy, *extra)
-            if len(SCHEDULES) > 1:
+            name = f"sparsespec/{policy}"
+            if schedule != DEFAULT_SCHEDULE:
                 args += ("--sparsespec-schedule", schedule)
+                name += f"/{schedule}"
             args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
-            name = f"sparsespec/{policy}" + (f"/{schedule}" if len(SCHEDULES) > 1 else "")
             origin = f" ({ORIGINS[policy]})" if policy in ORIGINS else ""
             found.append(Contender(name, f"policy {policy}{origin} in our engine, {schedule}", args, simulated))
     return found

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sglang_sparsespec.bench import contenders as who
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
 from sglang_sparsespec.bench.workloads import FILE_PROMPT_TOKENS, WORKLOADS
+from sglang_sparsespec.config import SCHEDULES
 from sglang_sparsespec.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def full(machine: Machine, request: Request) -> Plan:
     if not machine.has_gpu:
         return _needs_gpu("full")
     jobs, skips = [], []
-    members, missing = _rivals(machine, request, who.useful_policies(), real=True)
+    members, missing = _rivals(machine, request, who.useful_policies(), real=True, schedules=SCHEDULES)
     if request.model is None:
         skips.append(Skip("real model", request.no_model))
     else:
@@ -137,7 +138,7 @@ def full(machine: Machine, request: Request) -> Plan:
             for temperature in (GREEDY, SAMPLED)
         )
         jobs.append(_job(request, request.model, members, scenes))
-    members, missing = _rivals(machine, request, ("pillar",), real=False)
+    members, missing = _rivals(machine, request, ("pillar",), real=False, schedules=SCHEDULES)
     skips += [skip for skip in missing if skip not in skips]
     for target in request.shapes:
         scenes = (growing(target.name), *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch)))
@@ -199,7 +200,12 @@ def fills(
 
 
 def _rivals(
-    machine: Machine, request: Request, policies: tuple[str, ...], *, real: bool
+    machine: Machine,
+    request: Request,
+    policies: tuple[str, ...],
+    *,
+    real: bool,
+    schedules: tuple[str, ...] = (who.DEFAULT_SCHEDULE,),
 ) -> tuple[tuple[Contender, ...], list[Skip]]:
     found, skips = who.plain(machine)
     lengths = request.accept_lengths
@@ -207,7 +213,7 @@ def _rivals(
     for members, missing in (who.ngram(machine, lengths["ngram"]), who.eagle3(machine, draft, lengths["eagle3"])):
         found += members
         skips += missing
-    found += who.sparsespec(machine, policies, lengths["sparsespec"], request.spec_args)
+    found += who.sparsespec(machine, policies, lengths["sparsespec"], request.spec_args, schedules)
     found += [who.named(machine, text, lengths["sparsespec"]) for text in request.named]
     return tuple(found), skips
 

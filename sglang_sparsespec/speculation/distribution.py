@@ -114,8 +114,8 @@ class SamplingRule:
         """Whether what the filters keep of a row is all logits from some value on, found among its best few."""
         return self.need_top_k and self.max_top_k is not None and self.ties == "all"
 
-    def of(self, reqs: slice) -> SamplingRule:
-        """The rule of some of the requests."""
+    def of(self, reqs: slice | Tensor) -> SamplingRule:
+        """The rule of some of the requests, which may be named by their numbers."""
         return self._each(lambda values: values[reqs])
 
     def probs(self, logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.ops._launch import MAX_SPLITS, WAVES, num_row_tiles, num_select_programs
 from sglang_sparsespec.speculation.chunked import CHUNK_ELEMENTS
 from sglang_sparsespec.speculation.distribution import MAX_TOP_K
+from sglang_sparsespec.speculation.phases import load_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +78,8 @@ class RoundShape(NamedTuple):
     """Multiprocessors of the device."""
     narrower: tuple[int, ...] = ()
     """Widths of a verify, in tokens of a request, that are captured beside k + 1."""
+    is_unified: bool = False
+    """Whether mixed forwards are captured as well, and drafts are kept from round to round."""
 
     @property
     def width(self) -> int:
@@ -138,7 +141,9 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
     num_reqs, width, budget = rounds.max_reqs, rounds.width, rounds.max_budget
     num_lists = 1 if rounds.shares_heads else model.num_kv_heads
     captured_reqs = max(rounds.batch_sizes, default=0)
-    distributions = num_reqs * rounds.num_steps * model.vocab_size * rounds.logits_bytes
+    # what is kept from round to round is kept by page-table row, of which one is padding
+    num_rows = num_reqs + rounds.is_unified
+    distributions = num_rows * rounds.num_steps * model.vocab_size * rounds.logits_bytes
     # of all requests at once, beyond the captured sizes and in warm-ups
     eager = _forward_bytes(model, rounds, num_reqs, num_tokens)
     capture = _capture_bytes(model, rounds)
@@ -147,15 +152,27 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
     return MemoryPlan(
         # positions; then how many and until where. One row more than requests: padding
         selection=4 * (num_reqs + 1) * (model.num_layers * num_lists * budget + 2),
-        # slots; rows, tokens, position and slot of a step; positions, slots and chain of a round; lengths
-        round=num_reqs * (4 * model.num_layers * num_lists * (budget + rounds.tail) + 8 * (4 + 3 * width) + 4 * 3),
+        # slots, by row; rows, tokens, position and slot of a step; positions, slots and chain of a round; lengths
+        round=(num_reqs + 1) * 4 * model.num_layers * num_lists * (budget + rounds.tail)
+        + num_reqs * (8 * (4 + 3 * width) + 4 * 3)
+        + _unified_bytes(rounds),
         scores=_score_bytes(model, rounds, num_tokens),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
         # of each size a draft, and a verify of each width; what forwards keep they share, and the widest comes first
-        graphs=(2 + len(rounds.narrower)) * len(rounds.batch_sizes) * GRAPH_BYTES,
+        graphs=(2 + rounds.is_unified + len(rounds.narrower)) * len(rounds.batch_sizes) * GRAPH_BYTES,
         moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
     )
+
+
+def _unified_bytes(rounds: RoundShape) -> int:
+    """Chains and lengths by row, and the inputs of a mixed forward: row and offset of each token, row and queries of
+    each verify."""
+    if not rounds.is_unified:
+        return 0
+    load = load_of(rounds.max_reqs, rounds.num_steps)
+    inputs = 2 * (load.draft_reqs + load.verify_reqs * (rounds.width + 1))
+    return (rounds.max_reqs + 1) * (4 + 8 + 8 * rounds.width) + 8 * inputs
 
 
 def fit_pool(
@@ -184,13 +201,14 @@ def fit_pool(
     plan = plan_memory(model, rounds, tokens_in(max(0, left)))
     left = pool_bytes - plan.from_pool(activation_bytes)
     num_tokens = tokens_in(max(0, left))
-    # what a host that looks one round ahead holds for a full batch
-    least = 2 * rounds.max_reqs * rounds.width
+    # what a host that looks one round ahead holds for a full batch; unified rounds write further
+    num_rounds = 3 if rounds.is_unified else 2
+    least = num_rounds * rounds.max_reqs * rounds.width
     if num_tokens < least:
         raise ConfigError(
             "The KV pool, in tokens,",
             num_tokens,
-            f"at least {least}, two rounds of {rounds.max_reqs} requests",
+            f"at least {least}, {num_rounds} rounds of {rounds.max_reqs} requests",
             f"Weights and --mem-fraction-static leave {pool_bytes / GIB:.2f} GiB, of which SPARSESPEC needs "
             f"{plan.from_pool(activation_bytes) / GIB:.2f} ({plan.describe()}). Lower {_remedies(plan)}.",
         )
@@ -244,7 +262,9 @@ def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
 
     # a narrower verify may have fewer tiles, and so more splits
     rows = [width * group for width in (rounds.width, *rounds.narrower)] if rounds.is_fused else []
-    return max([split(group, 1), *(split(num_rows, num_row_tiles(num_rows)) for num_rows in rows)])
+    verify = [split(num_rows, num_row_tiles(num_rows)) for num_rows in rows]
+    # a mixed forward runs both, one after the other
+    return split(group, 1) + max(verify) if rounds.is_unified else max([split(group, 1), *verify])
 
 
 def _plane_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:

@@ -211,6 +211,26 @@ def test_page_table_rows_hold_what_a_step_may_reserve(
     assert headroom >= sizing.get_alloc_reserve_per_decode(args) + page_size - 1
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_unified_rounds_have_slots_for_what_they_draft_ahead(server_args: Callable[..., Any], page_size: int) -> None:
+    """Drafts behind a verify would go to slots of whoever had these positions of the row before."""
+    from sglang.srt import runtime_context
+    from sglang.srt.mem_cache import allocation_sizing as sizing
+
+    options = {"page_size": page_size, "speculative_num_steps": 5}
+    lockstep = server_args(**options)
+    unified = server_args(sparsespec_schedule="unified", **options)
+    assert sizing.get_alloc_reserve_per_decode(lockstep) == 2 * 6
+    # a round in flight that commits 6, then 6 that are verified, then 5 drafts
+    assert sizing.get_alloc_reserve_per_decode(unified) == 3 * 6 >= 6 + 6 + 5
+    assert sizing.get_req_to_token_extra_context_len(unified) >= 3 * 6 + page_size - 1
+    # the schedulers ask without arguments
+    runtime_context.publish(unified, role="test")
+    assert sizing.get_alloc_reserve_per_decode() == 3 * 6
+    runtime_context.reset_context()
+    assert sizing.get_alloc_reserve_per_decode(server_args(speculative_algorithm=None)) == 2
+
+
 def test_page_table_rows_of_other_servers_stay_as_they_are(server_args: Callable[..., Any]) -> None:
     """The patch is in force for every engine of this process."""
     from sglang.srt.mem_cache import allocation_sizing as sizing

@@ -67,6 +67,21 @@ def test_round_is_what_the_static_tensors_take(shape: RoundShape) -> None:
     assert plan_memory(MODEL, shape, 1000).round == static.num_bytes
 
 
+def test_unified_rounds_are_what_their_state_takes() -> None:
+    """Chains, lengths and inputs of mixed forwards, beside the lists that both schedules share."""
+    from sglang_sparsespec.adapter.static_round import StaticRound
+    from sglang_sparsespec.adapter.unified_state import UnifiedState
+
+    shape = rounds(is_unified=True)
+    static = StaticRound(
+        max_reqs=shape.max_reqs, num_draft_tokens=shape.width, store=store_of(shape), tail=shape.tail, device="cpu"
+    )
+    state = UnifiedState(
+        num_rows=shape.max_reqs + 1, max_reqs=shape.max_reqs, num_steps=shape.num_steps, lists=static.draft_slots
+    )
+    assert plan_memory(MODEL, shape, 1000).round == static.num_bytes + state.num_bytes
+
+
 def test_the_page_table_has_one_row_more_than_requests() -> None:
     """The store has as many rows as the page table."""
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool

@@ -76,7 +76,7 @@ def test_steps_walk_through_the_round(static: StaticRound) -> None:
 
 def test_counts_its_bytes(static: StaticRound) -> None:
     """The start-up line says what a server pays."""
-    slots = NUM_LAYERS * 6 * NUM_HEADS * (MAX_BUDGET + TAIL) * 4
+    slots = NUM_LAYERS * 9 * NUM_HEADS * (MAX_BUDGET + TAIL) * 4
     assert static.num_bytes == slots + 6 * (8 + 4 + 4 + 3 * 8 * WIDTH + 3 * 8 + 4)
 
 

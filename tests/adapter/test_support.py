@@ -355,6 +355,33 @@ def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: 
     assert args.sparsespec_config is not None
 
 
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"selection": "quest"}, "lockstep with --sparsespec-selection quest"),
+        ({"selection": "oracle"}, "lockstep with --sparsespec-selection oracle"),
+        ({"selection": "first-last"}, "lockstep with --sparsespec-verify-attention backend, --sparsespec-selection"),
+        ({"verify_attention": "backend"}, "lockstep with --sparsespec-verify-attention backend"),
+    ],
+    ids=str,
+)
+def test_unified_needs_our_verify_and_selections_made_before(
+    server_args: Callable[..., Any], options: dict[str, str], allowed: str
+) -> None:
+    """A schedule that runs as the other one without a word, or a policy that selects from half a verify."""
+    with pytest.raises(ConfigError) as caught:
+        server_args(sparsespec_schedule="unified", **{f"sparsespec_{name}": value for name, value in options.items()})
+    assert_four_parts(caught.value, "--sparsespec-schedule", "unified")
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("selection", ["pillar", "window", "random"])
+def test_unified_takes_our_verify_on_a_cpu_as_well(server_args: Callable[..., Any], selection: str) -> None:
+    """There `auto` means the backend otherwise."""
+    args = server_args(sparsespec_schedule="unified", sparsespec_selection=selection)
+    assert args.sparsespec_config.verify_attention == "fused"
+
+
 def _stub_model(**changes: Any) -> Any:
     from sglang.srt.configs.model_config import AttentionArch
 

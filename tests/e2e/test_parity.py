@@ -1,11 +1,12 @@
 """At temperature 0 the server with SPARSESPEC answers what the server without it answers.
 
-Five servers cover the options in pairs where options meet in code. Overlap and page size: every pair. Selection: what
+Seven servers cover the options in pairs where options meet in code. Overlap and page size: every pair. Selection: what
 takes a way of its own through the code. `pillar` captures all queries of a verify, `first-last` some, `oracle` none and
 selects in every draft step (as `quest` does), `random` drafts badly. Chunked prefill meets every value but `pillar`,
 and whole prefill is also what prompts below the chunk get. Granularity and sharing act on scores only; the tests of ops
 and policies cross them. Draft sampling acts when a request of the batch is sampled
-(test_greedy_requests_beside_sampled_ones). k is 8, 8, 3, 1, 3: with the page of 16, k = 8 reserves over a page.
+(test_greedy_requests_beside_sampled_ones). `unified` is the other schedule; test_variable_steps switches between both.
+k is 8, 8, 8, 8, 3, 1, 3: with the page of 16, k = 8 reserves over a page.
 """
 
 from __future__ import annotations
@@ -71,6 +72,18 @@ SERVERS = {
         "--sparsespec-score-pooling": "0",
         "--sparsespec-draft-sampling": "sampled",
         "--speculative-num-steps": "8",
+    },
+    "page16-overlap-unified": {
+        **PILLAR,
+        "--page-size": "16",
+        "--sparsespec-schedule": "unified",
+        # rounds of 1 to 16 requests are padded, or larger than all
+        "--cuda-graph-bs-decode": "3 7 11",
+        "--sparsespec-granularity": "token",
+        "--sparsespec-sharing": "head",
+        "--sparsespec-draft-sampling": "sampled",
+        "--speculative-num-steps": "8",
+        "--chunked-prefill-size": "64",
     },
     "page16-overlap-oracle": {
         **PILLAR,
@@ -272,7 +285,7 @@ def test_bad_drafts_are_rejected(server: Server, name: str) -> None:
 
 def test_selected_drafts_are_accepted_beyond_chance(server: Server, name: str) -> None:
     """Scores, heads or positions mixed up: selections of the wrong tokens cost speed, and nothing but this notices."""
-    if name not in ("page1-overlap-pillar", "page1-overlap-pillar-fused", "page16-overlap-oracle"):
+    if "pillar" not in name and "unified" not in name and "oracle" not in name:
         pytest.skip("only the paper's rule and a step's own query predict the attention of random weights")
     outputs = server.generate(batch([greedy(workload.random_ids(300, seed=i), 60) for i in range(8)]))
     rounds = sum(output["meta_info"]["spec_verify_ct"] for output in outputs)

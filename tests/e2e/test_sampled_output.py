@@ -45,6 +45,12 @@ WRONG = {
 SERVERS = {
     "sampled-drafts": ("--sparsespec-draft-sampling=sampled", "--sparsespec-min-budget=16"),
     "greedy-drafts": ("--sparsespec-draft-sampling=greedy", "--sparsespec-min-budget=1"),
+    # chains of every length: requests that come together verify 0 to k drafts in their first round
+    "unified": (
+        "--sparsespec-draft-sampling=sampled",
+        "--sparsespec-min-budget=16",
+        "--sparsespec-schedule=unified",
+    ),
     # another k every few rounds, and requests that use one draft at most beside those that use all
     "changing-k": ("--sparsespec-draft-sampling=sampled", "--sparsespec-min-budget=16"),
 }

@@ -1,7 +1,7 @@
 """The server answers what the server without speculation answers, whatever k each round has and each request allows.
 
 k is another one every few rounds, at random (tests/support/random_steps.py): rounds that draft, plain decodes, and
-verifies narrower than the widest follow each other within one request.
+verifies narrower than the widest follow each other within one request, and so do rounds of the two schedules.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ BUDGET = "--sparsespec-min-budget 32 --sparsespec-recent-window 4 --sparsespec-s
 SERVERS = {
     "backend-page16-sync": "--page-size 16 --disable-overlap-schedule --sparsespec-selection first-last "
     "--speculative-num-steps 5 --chunked-prefill-size 64",
-    "fused-page1-overlap": "--sparsespec-verify-attention fused --cuda-graph-bs-decode 3 7 11 "
+    # unified where k is 8, else in lockstep
+    "fused-page1-overlap": "--sparsespec-schedule unified --cuda-graph-bs-decode 3 7 11 "
     "--sparsespec-sharing head --speculative-num-steps 8",
 }
 NUM_STEPS = {"backend-page16-sync": 5, "fused-page1-overlap": 8}

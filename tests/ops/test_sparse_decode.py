@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,9 +27,10 @@ def implementation(backend: str) -> Callable[..., torch.Tensor]:
     return sparse_decode if backend == "cpu" else sparse_decode_torch
 
 
-def check(backend: str, device: torch.device, case: ListedCase, **options: float) -> None:
+def check(backend: str, device: torch.device, case: ListedCase, **options: Any) -> None:
     scale = case.q.shape[-1] ** -0.5
-    actual = implementation(backend)(*case.to(device), scale=scale, **options)
+    on_device = {name: value.to(device) if torch.is_tensor(value) else value for name, value in options.items()}
+    actual = implementation(backend)(*case.to(device), scale=scale, **on_device)
     options.pop("num_splits", None)
     expected = sparse_decode_reference(*case, scale=scale, **options)
     assert actual.dtype == case.q.dtype
@@ -74,6 +75,18 @@ def test_caps_logits(backend: str, device: torch.device) -> None:
     check(backend, device, case, logit_cap=0.5)
 
 
+@pytest.mark.parametrize("is_shared", [False, True], ids=["per-head", "shared"])
+def test_reads_the_rows_that_it_is_told(backend: str, device: torch.device, is_shared: bool) -> None:
+    """Lists of more requests than are asked about, in another order, one of them twice: lengths go with the queries."""
+    case = make_listed_case(
+        [33, 7, 0, 64], width=64, num_kv_heads=2, group=2, head_dim=64, dtype=torch.float32, is_shared=is_shared
+    )
+    case = case._replace(kv_lens=torch.tensor([7, 33, 5, 0], dtype=torch.int32))
+    check(backend, device, case, kv_rows=torch.tensor([1, 0, 1, 3]))
+    few = case._replace(q=case.q[:1], kv_lens=case.kv_lens[:1])
+    check(backend, device, few, kv_rows=torch.tensor([3], dtype=torch.int32))
+
+
 @pytest.mark.only_backend("triton")
 @pytest.mark.parametrize("num_splits", [1, 2, 8])
 def test_splits_merge_to_the_same_result(backend: str, device: torch.device, num_splits: int) -> None:
@@ -111,8 +124,9 @@ def test_no_requests_and_no_width(backend: str, device: torch.device) -> None:
         ("kv_slots", lambda case: case._replace(kv_slots=case.kv_slots.repeat(1, 3, 1))),
         ("kv_slots", lambda case: case._replace(kv_slots=case.kv_slots.float())),
         ("kv_lens", lambda case: case._replace(kv_lens=case.kv_lens[:1])),
+        ("kv_slots", lambda case: case._replace(kv_slots=case.kv_slots[:1])),
     ],
-    ids=["q-rank", "k-dtype", "k-stride", "v-shape", "lists", "slot-dtype", "lens-shape"],
+    ids=["q-rank", "k-dtype", "k-stride", "v-shape", "lists", "slot-dtype", "lens-shape", "no-rows"],
 )
 def test_rejects_wrong_arguments(name: str, change: Callable[[ListedCase], ListedCase]) -> None:
     """A mistake of the caller would otherwise surface as a wrong address in a kernel."""

@@ -76,7 +76,7 @@ INVALID: list[tuple[str, Any, str]] = [
     ("sharing", "none", "--sparsespec-sharing"),
     ("draft_sampling", None, "--sparsespec-draft-sampling"),
     ("verify_attention", "own", "--sparsespec-verify-attention"),
-    ("schedule", "unified", "--sparsespec-schedule"),
+    ("schedule", "staggered", "--sparsespec-schedule"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),

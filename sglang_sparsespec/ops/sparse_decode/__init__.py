@@ -20,6 +20,8 @@ from sglang_sparsespec.ops._checks import (
 from sglang_sparsespec.ops.sparse_decode.torch_impl import sparse_decode_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 __all__ = ["sparse_decode"]
@@ -34,24 +36,26 @@ def sparse_decode(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    kv_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend one query token per request over the KV entries listed for it.
 
     ``out[r, hq] = sum_i softmax_i(cap(scale * q[r, hq] . k_cache[s_i, h])) * v_cache[s_i, h]`` with ``h = hq // G`` and
-    ``s_i = kv_slots[r, h, i]`` for ``i < kv_lens[r]``; ``cap(x) = logit_cap * tanh(x / logit_cap)``, off at 0. Sums are
-    float32. On CUDA nothing waits for the device and the launch depends on shapes alone, so the call can stand in a
-    CUDA graph.
+    ``s_i = kv_slots[kv_rows[r], h, i]`` for ``i < kv_lens[r]``; ``cap(x) = logit_cap * tanh(x / logit_cap)``, off at 0.
+    Sums are float32. On CUDA nothing waits for the device and the launch depends on shapes alone, so the call can stand
+    in a CUDA graph.
 
     Args:
         q: [R, HQ, D], float32, float16 or bfloat16.
         k_cache: [num_slots, H, D], dtype of q; may be strided, the last dimension contiguous.
         v_cache: [num_slots, H, D], dtype of q; likewise.
-        kv_slots: [R, HS, S], int32; HS is H (a list per KV head) or 1 (one list for all heads). Entries at or past
-            `kv_lens` may hold anything.
+        kv_slots: [R, HS, S], or [any, HS, S] with `kv_rows`, int32; HS is H (a list per KV head) or 1 (one list for all
+            heads). Entries at or past `kv_lens` may hold anything.
         kv_lens: [R], int32 or int64, entries; in [0, S]. A length of 0 gives a row of zeros.
         scale: factor on the logits, before the cap.
         logit_cap: soft cap of the logits; 0 is off.
+        kv_rows: [R], int64 or int32; the row of `kv_slots` of each request. None: its own number.
         out: [R, HQ, D], dtype of q; written and returned when given. Must not overlap q.
 
     Returns:
@@ -60,7 +64,8 @@ def sparse_decode(
     Raises:
         ValueError: on a wrong shape, dtype, device or stride, or a negative cap.
 
-    Not checked: that lengths lie in [0, S] and listed slots in the pool (both would wait for the device).
+    Not checked: that lengths lie in [0, S], rows in `kv_slots` and listed slots in the pool (all would wait for the
+    device).
     Reference: SparseSpec (arXiv:2512.01278), PillarAttn; `sparse_decode.reference`.
     """
     num_reqs, num_q_heads, head_dim = q.shape if q.dim() == 3 else (None, None, None)
@@ -70,7 +75,9 @@ def sparse_decode(
     num_kv_heads = check_kv_pool("k_cache", k_cache, q)
     check_kv_pool("v_cache", v_cache, q)
     check_shape("v_cache", v_cache, k_cache.shape)
-    check_index("kv_slots", kv_slots, (num_reqs, None, None), q.device)
+    check_index("kv_slots", kv_slots, (num_reqs if kv_rows is None else None, None, None), q.device)
+    if kv_rows is not None:
+        check_index("kv_rows", kv_rows, (num_reqs,), q.device)
     if kv_slots.shape[1] not in (1, num_kv_heads):
         raise ValueError(f"kv_slots: expected 1 or {num_kv_heads} lists per request, got {kv_slots.shape[1]}.")
     check_index("kv_lens", kv_lens, (num_reqs,), q.device)
@@ -80,9 +87,10 @@ def sparse_decode(
         check_dtype("out", out, (q.dtype,))
         check_device("out", out, q.device)
         check_dense_rows("out", out)
+    attend: Callable[..., torch.Tensor] = sparse_decode_torch
     if q.is_cuda:
         # imported where it is used: a CPU install may lack Triton
         from sglang_sparsespec.ops.sparse_decode.triton_impl import sparse_decode_triton
 
-        return sparse_decode_triton(q, k_cache, v_cache, kv_slots, kv_lens, scale=scale, logit_cap=logit_cap, out=out)
-    return sparse_decode_torch(q, k_cache, v_cache, kv_slots, kv_lens, scale=scale, logit_cap=logit_cap, out=out)
+        attend = sparse_decode_triton
+    return attend(q, k_cache, v_cache, kv_slots, kv_lens, scale=scale, logit_cap=logit_cap, kv_rows=kv_rows, out=out)

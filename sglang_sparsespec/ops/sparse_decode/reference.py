@@ -14,6 +14,7 @@ def sparse_decode_reference(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    kv_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_reqs, num_q_heads, head_dim = q.shape
     group = num_q_heads // k_cache.shape[1]
@@ -22,9 +23,10 @@ def sparse_decode_reference(
         kv_len = int(kv_lens[r])
         if kv_len == 0:
             continue
+        row = r if kv_rows is None else int(kv_rows[r])
         for hq in range(num_q_heads):
             h = hq // group
-            slots = kv_slots[r, h if kv_slots.shape[1] > 1 else 0, :kv_len].long()
+            slots = kv_slots[row, h if kv_slots.shape[1] > 1 else 0, :kv_len].long()
             logits = k_cache[slots, h].float() @ q[r, hq].float() * scale
             if logit_cap > 0.0:
                 logits = logit_cap * torch.tanh(logits / logit_cap)

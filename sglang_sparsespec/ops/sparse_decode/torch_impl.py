@@ -19,10 +19,13 @@ def sparse_decode_torch(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    kv_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_reqs, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
+    if kv_rows is not None:
+        kv_slots = kv_slots[kv_rows.long()]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format) if out is None else out.zero_()
     if q.device.type == "cpu":
         lens = kv_lens.tolist()

@@ -28,6 +28,7 @@ def _sparse_attend_kernel(
     v_ptr,
     slots_ptr,
     lens_ptr,
+    rows_ptr,
     out_ptr,
     part_ptr,
     lse_ptr,
@@ -51,6 +52,7 @@ def _sparse_attend_kernel(
     BD: tl.constexpr,
     BS: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -71,7 +73,8 @@ def _sparse_attend_kernel(
     b_max = tl.full([BG], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BG], dtype=tl.float32)
     b_acc = tl.zeros([BG, BD], dtype=tl.float32)
-    p_slots = slots_ptr + i_r * stride_slots_r + i_h * stride_slots_h
+    i_list = tl.load(rows_ptr + i_r).to(tl.int64) if HAS_ROWS else i_r
+    p_slots = slots_ptr + i_list * stride_slots_r + i_h * stride_slots_h
     for start in range(lo, hi, BS):
         m_s = start + o_s < hi
         b_slot = tl.load(p_slots + (start + o_s).to(tl.int64) * stride_slots_s, mask=m_s, other=0).to(tl.int64)
@@ -146,6 +149,7 @@ def sparse_decode_triton(
     *,
     scale: float,
     logit_cap: float = 0.0,
+    kv_rows: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> torch.Tensor:
@@ -171,6 +175,7 @@ def sparse_decode_triton(
         v_cache,
         kv_slots,
         kv_lens,
+        kv_lens if kv_rows is None else kv_rows,
         out,
         part,
         lse,
@@ -192,6 +197,7 @@ def sparse_decode_triton(
         D=head_dim,
         BG=max(16, triton.next_power_of_2(group)),
         IS_SPLIT=num_splits > 1,
+        HAS_ROWS=kv_rows is not None,
         HAS_CAP=logit_cap > 0.0,
         PRECISION=dot_precision(q.dtype),
         **tiles,

@@ -143,3 +143,14 @@ def test_options_that_would_be_ignored_are_refused(
     """An option that is accepted and ignored makes the wrong table."""
     with pytest.raises(ConfigError, match=complaint):
         sets.check("core", dataclasses.replace(request_, **options))  # type: ignore[arg-type]
+
+
+def test_full_has_every_schedule_of_a_policy(h100: Machine, request_: Request) -> None:
+    """A server that is refused at start, or a schedule that nobody ever compares."""
+    found = names(sets.full(h100, request_))
+    assert {"sparsespec/pillar", "sparsespec/pillar/unified", "sparsespec/window/unified", "sparsespec/quest"} <= found
+    assert not {"sparsespec/quest/unified", "sparsespec/first-last/unified"} & found
+    [ours] = {c for c in sets.full(h100, request_).jobs[0].contenders if c.name == "sparsespec/pillar/unified"}
+    assert ours.args[ours.args.index("--sparsespec-schedule") + 1] == "unified"
+    # elsewhere the default alone
+    assert "sparsespec/pillar/unified" not in names(sets.core(h100, request_)) | names(sets.gpu_table(h100, request_))

@@ -134,6 +134,16 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     assert dataclasses.replace(adaptive, graphs=fewer.graphs) == fewer
 
 
+def test_unified_rounds_keep_drafts_and_capture_mixed_forwards() -> None:
+    """A set of graphs more, and what drafts were sampled from by page-table row; still within the promise."""
+    plain, unified = (plan_memory(QWEN3_8B, rounds(128, is_unified=value), 370_000) for value in (False, True))
+    assert unified.graphs == plain.graphs * 3 // 2
+    assert unified.drafts - plain.drafts == 8 * 151936 * 2
+    # both kinds of split results at a time
+    assert plain.forward < unified.forward < 1.1 * plain.forward
+    assert unified.total < 0.03 * 370_000 * KV_BYTES, unified.describe()
+
+
 def test_wide_groups_count_their_score_planes() -> None:
     """With more than 64 query rows to a KV head each tile of them writes scores of its own."""
     wide = QWEN3_8B._replace(num_q_heads=64)
@@ -174,9 +184,7 @@ def test_a_plan_that_leaves_too_small_a_pool_is_refused(pool_gib: float, num_tok
     message = str(caught.value)
     assert message.startswith("The KV pool, in tokens, is ")
     assert 0 <= int(message.split()[6].rstrip(";")) <= num_tokens
-    assert (
-        f"at least 2304, two rounds of 128 requests. Weights and --mem-fraction-static leave {pool_gib:.2f}" in message
-    )
+    assert f"at least 2304, 2 rounds of 128 requests. Weights and --mem-fraction-static leave {pool_gib:.2f}" in message
     for option in ("--max-running-requests", "--cuda-graph-max-bs-decode", "--speculative-num-steps"):
         assert option in message
 

@@ -1,0 +1,138 @@
+"""What the unified schedule knows of requests on the device, by page-table row, and the inputs of one mixed forward.
+
+By row and not by place in the batch, because drafts that a request holds outlive the round that made them.
+Invariant: row 0, length 0, slot 0 is padding, which SGLang keeps for that; what padding computes reaches nothing that
+is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sglang_sparsespec.speculation.phases import Load, load_of, turns
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang_sparsespec.speculation.phases import Turn
+
+
+class TurnInputs(NamedTuple):
+    """Views of what one mixed forward reads, for a batch size. D tokens of drafts come first, then V verifies."""
+
+    token_rows: torch.Tensor
+    """[D + V * (K + 1)], int64, page-table row of each token."""
+    token_offsets: torch.Tensor
+    """[D + V * (K + 1)], int64, where it stands in its chain; its position is that many past the committed length."""
+    verify_rows: torch.Tensor
+    """[V], int64."""
+    num_queries: torch.Tensor
+    """[V], int64, tokens that each of them verifies; 0 in padding."""
+
+
+class RoundInputs:
+    """The inputs of all forwards of one round, made on the host and taken to the device in one copy.
+
+    Args:
+        held: [num_reqs], drafts that requests have from the last round.
+        phases: [num_reqs], when each verifies.
+        num_steps: k, which is K.
+        batch_size: that forwards are padded to.
+        device: where to.
+    """
+
+    def __init__(
+        self, held: Sequence[int], phases: Sequence[int], num_steps: int, batch_size: int, device: str
+    ) -> None:
+        self.load = load_of(batch_size, num_steps)
+        self.turns = turns(held, phases, num_steps)
+        self.num_tokens = self.load.draft_reqs + self.load.verify_reqs * (num_steps + 1)
+        columns = self.num_tokens + self.load.verify_reqs
+        # requests by number; the one past the last is padding
+        reqs = torch.full((num_steps + 1, columns), len(held), dtype=torch.int64)
+        numbers = torch.zeros_like(reqs)
+        for turn, of_reqs, of_numbers in zip(self.turns, reqs, numbers, strict=True):
+            self._fill(turn, num_steps, of_reqs, of_numbers)
+        host = torch.stack([reqs, numbers])
+        self._reqs, self._numbers = host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host
+
+    def _fill(self, turn: Turn, num_steps: int, reqs: torch.Tensor, numbers: torch.Tensor) -> None:
+        num_drafting, num_verifying = len(turn.draft_reqs), len(turn.verify_reqs)
+        reqs[:num_drafting] = torch.tensor(turn.draft_reqs, dtype=torch.int64)
+        numbers[:num_drafting] = torch.tensor(turn.draft_offsets, dtype=torch.int64)
+        verifying = torch.tensor(turn.verify_reqs, dtype=torch.int64)
+        chains = slice(self.load.draft_reqs, self.load.draft_reqs + num_verifying * (num_steps + 1))
+        reqs[chains] = verifying.repeat_interleave(num_steps + 1)
+        numbers[chains] = torch.arange(num_steps + 1).repeat(num_verifying)
+        lasts = slice(self.num_tokens, self.num_tokens + num_verifying)
+        reqs[lasts] = verifying
+        numbers[lasts] = torch.tensor(turn.num_drafts, dtype=torch.int64) + 1
+
+    def packed(self, rows: torch.Tensor) -> torch.Tensor:
+        """What `UnifiedState.load` takes, of every forward, for requests at `rows` ([num_reqs], int64)."""
+        return torch.cat([torch.nn.functional.pad(rows, (0, 1))[self._reqs], self._numbers], dim=1)
+
+    def drafting(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the forward `number`, who drafts and what is fed: [num_drafting] int64 each, without padding."""
+        count = len(self.turns[number].draft_reqs)
+        return self._reqs[number, :count], self._numbers[number, :count]
+
+    def verifying(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the forward `number`, who verifies and how many drafts: [num_verifying] int64 each, without padding."""
+        lasts = slice(self.num_tokens, self.num_tokens + len(self.turns[number].verify_reqs))
+        return self._reqs[number, lasts], self._numbers[number, lasts] - 1
+
+
+class UnifiedState:
+    """By page-table row: the committed length, the chain, what drafts see.
+
+    Args:
+        num_rows: of the page table, the padding row included.
+        max_reqs: most requests of a round, padding included.
+        num_steps: K.
+        lists: [num_layers, num_rows, num_kv_heads or 1, width], int32, KV slots that drafts see; shared with the rounds
+            of the other schedule.
+    """
+
+    def __init__(self, *, num_rows: int, max_reqs: int, num_steps: int, lists: torch.Tensor) -> None:
+        device = lists.device
+        self._num_steps = num_steps
+        self.lists = lists
+        self.list_lens = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        """[num_rows], int32: entries of a row's lists before the current token's own."""
+        self.committed_lens = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        """[num_rows], int64: n."""
+        self.chains = torch.zeros((num_rows, num_steps + 1), dtype=torch.int64, device=device)
+        """[num_rows, K + 1], int64: the current token and the drafts after it, as many as there are."""
+        # n and the chain of the padding row stay 0
+        load = load_of(max_reqs, num_steps)
+        self._inputs = torch.zeros(2 * _num_columns(load, num_steps), dtype=torch.int64, device=device)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what is held here beside the lists."""
+        tensors = (self.list_lens, self.committed_lens, self.chains, self._inputs)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def begin(self, rows: torch.Tensor, committed_lens: torch.Tensor, current: torch.Tensor) -> None:
+        """Before a round: [num_reqs] each, the rows, n, and the tokens that are committed but not cached."""
+        self.committed_lens[rows] = committed_lens
+        self.chains[rows, 0] = current
+
+    def load(self, packed: torch.Tensor) -> None:
+        """Put the inputs of one forward where it looks for them."""
+        self._inputs[: packed.shape[0]].copy_(packed)
+
+    def inputs(self, batch_size: int) -> TurnInputs:
+        load = load_of(batch_size, self._num_steps)
+        num_tokens = load.draft_reqs + load.verify_reqs * (self._num_steps + 1)
+        parts = self._inputs[: 2 * _num_columns(load, self._num_steps)].split(
+            [num_tokens, load.verify_reqs, num_tokens, load.verify_reqs]
+        )
+        return TurnInputs(parts[0], parts[2], parts[1], parts[3])
+
+
+def _num_columns(load: Load, num_steps: int) -> int:
+    return load.draft_reqs + load.verify_reqs * (num_steps + 2)
