@@ -46,7 +46,14 @@ def together(*columns: torch.Tensor) -> list[Any]:
 class Engine:
     """A worker's parts around UnifiedRounds; `requests` are what its batches are made of."""
 
-    def __init__(self, sampler: Any, batch_sizes: tuple[int, ...] = (), wrong_every: int = 0) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        batch_sizes: tuple[int, ...] = (),
+        wrong_every: int = 0,
+        device: str = "cpu",
+        is_watched: bool = True,
+    ) -> None:
         from sglang_sparsespec.adapter.sampling import KeptDrafts
         from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
         from sglang_sparsespec.adapter.unified_state import UnifiedState
@@ -54,9 +61,11 @@ class Engine:
         self.page_table = torch.zeros(MAX_REQS + 1, CONTEXT, dtype=torch.int32)
         # row 0 is SGLang's padding; every other position of a row has a slot that tells where it is
         self.page_table[1:] = torch.arange(1, MAX_REQS + 1)[:, None] * CONTEXT + torch.arange(CONTEXT)
-        self.selected = torch.arange(MAX_REQS + 1) % 3 + 1
+        self.page_table = self.page_table.to(device)
+        self.device, self._is_watched = device, is_watched
+        self.selected = torch.arange(MAX_REQS + 1, device=device) % 3 + 1
         self.laid_out: list[tuple[list[int], list[int]]] = []
-        lists = torch.zeros(2, MAX_REQS + 1, 1, 16, dtype=torch.int32)
+        lists = torch.zeros(2, MAX_REQS + 1, 1, 16, dtype=torch.int32, device=device)
         self.state = UnifiedState(num_rows=MAX_REQS + 1, max_reqs=MAX_REQS, num_steps=K, lists=lists)
         self.seen: list[Seen] = []
         self._wrong_every, self._forwards = wrong_every, 0
@@ -76,8 +85,9 @@ class Engine:
         self.reqs: list[Any] = []
 
     def _list_slots(self, rows: torch.Tensor, committed_lens: torch.Tensor, max_len: int) -> DraftKV:
-        assert int(committed_lens.max()) <= max_len + WIDTH
-        self.laid_out.append((rows.tolist(), committed_lens.tolist()))
+        if self._is_watched:
+            assert int(committed_lens.max()) <= max_len + WIDTH
+            self.laid_out.append((rows.tolist(), committed_lens.tolist()))
         slots = (1000 * rows + committed_lens).int().view(1, -1, 1, 1).expand(2, -1, 1, 9)
         return DraftKV(slots, (self.selected[rows] + committed_lens).int())
 
@@ -95,6 +105,17 @@ class Engine:
         rows: torch.Tensor,
         lens: torch.Tensor,
     ) -> torch.Tensor:
+        if self._is_watched:
+            self._watch(tokens, positions, slots, rows)
+        self._forwards += 1
+        num_drafting = self._drafts.rows.shape[0]
+        wanted = next_token(tokens, positions)
+        if self._wrong_every:
+            wrong = torch.arange(num_drafting) % self._wrong_every == self._forwards % self._wrong_every
+            wanted[:num_drafting][wrong] = (wanted[:num_drafting][wrong] + 1) % VOCAB
+        return torch.nn.functional.one_hot(wanted, VOCAB).float() * 10
+
+    def _watch(self, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor) -> None:
         assert torch.equal(slots, self.page_table[rows, positions].long())
         # padding stays where nobody reads
         assert (positions[rows == 0] == 0).all()
@@ -117,12 +138,6 @@ class Engine:
                 together(verify.rows[real], verify.committed_lens[real], verify.num_queries[real]),
             )
         )
-        self._forwards += 1
-        wanted = next_token(tokens, positions)
-        if self._wrong_every:
-            wrong = torch.arange(num_drafting) % self._wrong_every == self._forwards % self._wrong_every
-            wanted[:num_drafting][wrong] = (wanted[:num_drafting][wrong] + 1) % VOCAB
-        return torch.nn.functional.one_hot(wanted, VOCAB).float() * 10
 
     # What a scheduler does
 
@@ -140,18 +155,20 @@ class Engine:
     def batch_and_plan(self, limits: list[int] | None = None) -> tuple[Any, Any]:
         from sglang_sparsespec.adapter.adaptive import StepPlan
 
-        lens = torch.tensor([self.committed[req.rid] for req in self.reqs])
+        lens = torch.tensor([self.committed[req.rid] for req in self.reqs], device=self.device)
         num_reqs = len(self.reqs)
         batch = SimpleNamespace(
             reqs=list(self.reqs),
-            spec_info=SimpleNamespace(bonus_tokens=torch.tensor([self.current[req.rid] for req in self.reqs])),
+            spec_info=SimpleNamespace(
+                bonus_tokens=torch.tensor([self.current[req.rid] for req in self.reqs], device=self.device)
+            ),
             sampling_info=SimpleNamespace(is_all_greedy=True, logit_bias=None),
             return_logprob=True,
             has_grammar=False,
         )
         plan = SimpleNamespace(
             steps=StepPlan(K, limits),
-            rows=torch.tensor([req.req_pool_idx for req in self.reqs]),
+            rows=torch.tensor([req.req_pool_idx for req in self.reqs], device=self.device),
             committed_lens=lens,
             max_committed_len=int(lens.max()),
             batch_size=self.rounds.forward.padded(num_reqs),
@@ -182,12 +199,31 @@ class Engine:
         return tokens
 
 
+def make_sampled(batch: Any, plan: Any) -> None:
+    """All requests of a batch at a temperature of 4."""
+    from sglang_sparsespec.speculation.distribution import SamplingRule
+
+    batch.sampling_info.is_all_greedy = False
+    num_reqs, device = plan.rows.shape[0], plan.rows.device
+    plan.rule = SamplingRule(
+        temperatures=torch.full((num_reqs, 1), 4.0, device=device),
+        top_ks=torch.full((num_reqs,), 1 << 30, dtype=torch.int32, device=device),
+        top_ps=torch.ones(num_reqs, device=device),
+        min_ps=torch.zeros(num_reqs, device=device),
+        need_top_k=False,
+        need_top_p=False,
+        need_min_p=False,
+        has_greedy=False,
+    )
+
+
 @pytest.fixture
 def engine(request: pytest.FixtureRequest) -> Callable[..., Engine]:
     from sglang_sparsespec.adapter.sampling import RoundSampler
 
     def build(**options: Any) -> Engine:
-        sampler = RoundSampler(draft_sampling="sampled", sampling_backend="pytorch", seed=1, device="cpu")
+        device = options.get("device", "cpu")
+        sampler = RoundSampler(draft_sampling="sampled", sampling_backend="pytorch", seed=1, device=device)
         return Engine(sampler, **options)
 
     return build
@@ -292,8 +328,6 @@ def test_what_the_schedule_does_not_take(engine: Callable[..., Engine]) -> None:
 
 def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., Engine]) -> None:
     """Acceptance against another draft's distribution; and drafts from a greedy round have none."""
-    from sglang_sparsespec.speculation.distribution import SamplingRule
-
     host = engine()
     num_reqs = 6
     for i in range(num_reqs):
@@ -308,21 +342,11 @@ def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., E
         seen.append(drafts)
         return accept(logits, drafts, *rest)
 
-    host.rounds._sampler.accept = watch  # type: ignore[method-assign]
+    host.rounds._sampler.accept = watch  # type: ignore[assignment,method-assign]
 
     def sampled() -> None:
         batch, plan = host.batch_and_plan()
-        batch.sampling_info.is_all_greedy = False
-        plan.rule = SamplingRule(
-            temperatures=torch.full((num_reqs, 1), 4.0),
-            top_ks=torch.full((num_reqs,), 1 << 30, dtype=torch.int32),
-            top_ps=torch.ones(num_reqs),
-            min_ps=torch.zeros(num_reqs),
-            need_top_k=False,
-            need_top_p=False,
-            need_min_p=False,
-            has_greedy=False,
-        )
+        make_sampled(batch, plan)
         acceptance, _ = host.rounds.run(batch, plan)
         for i, req in enumerate(batch.reqs):
             host.committed[req.rid] += int(acceptance.accept_lens[i])
@@ -338,3 +362,24 @@ def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., E
         probs = torch.softmax(drafts.logits / 4.0, dim=-1)
         assert torch.allclose(probs.gather(2, drafts.tokens[..., None])[..., 0], drafts.probs, atol=1e-6)
         assert (drafts.probs < 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_sampled", [False, True], ids=["greedy", "sampled"])
+def test_nothing_waits_for_the_device(engine: Callable[..., Engine], is_sampled: bool) -> None:
+    """One wait in a round of nine forwards leaves the GPU idle nine times."""
+    host = engine(device="cuda", is_watched=False, batch_sizes=(4, 8))
+    for i in range(7):
+        host.add(f"r{i}", i + 1, 20 + i)
+    batch, plan = host.batch_and_plan()
+    if is_sampled:
+        make_sampled(batch, plan)
+    # kernels are compiled, and memory is pinned for the first time
+    host.rounds.run(batch, plan)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            host.rounds.run(batch, plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
