@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sglang.srt.configs.model_config import ModelConfig
+    from transformers import PretrainedConfig
 
     from sglang_sparsespec.config import SparseSpecConfig
     from sglang_sparsespec.selection.base import Policy
@@ -22,19 +23,28 @@ if TYPE_CHECKING:
 def model_shape(model: ModelConfig, num_ranks: int) -> ModelShape:
     """The served model, as one of `num_ranks` ranks sees it."""
     text = model.hf_text_config
-    # experts: those that a token visits
-    experts = (getattr(text, "num_experts_per_tok", None) or 0) * (getattr(text, "moe_intermediate_size", None) or 0)
+    # Qwen and most others; Mixtral; DeepSeek and those that follow it
+    experts = _first_of(text, "num_experts", "num_local_experts", "n_routed_experts")
     return ModelShape(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
-        intermediate_size=max(getattr(text, "intermediate_size", None) or 0, experts) // num_ranks,
+        intermediate_size=_first_of(text, "intermediate_size") // num_ranks,
         num_q_heads=max(1, model.num_attention_heads // num_ranks),
         num_kv_heads=model.get_num_kv_heads(num_ranks),
         head_dim=model.head_dim,
         vocab_size=model.vocab_size,
         dtype_bytes=model.dtype.itemsize,
         num_ranks=num_ranks,
+        experts=experts,
+        experts_per_token=_first_of(text, "num_experts_per_tok") if experts else 0,
+        # every rank has a part of each expert
+        expert_size=_first_of(text, "moe_intermediate_size", "intermediate_size") // num_ranks if experts else 0,
     )
+
+
+def _first_of(config: PretrainedConfig, *names: str) -> int:
+    """The first of some fields that is there and not 0; 0 without any."""
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
 
 
 def identity(
@@ -45,7 +55,8 @@ def identity(
     options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
-        **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks"},
+        # of a dense model nothing is said about experts, as before there were any
+        **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks" and value > 0},
         **{name: str(getattr(config, name)) for name in (*options, "verify_attention", "schedule", "draft_sampling")},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -61,6 +61,32 @@ REFUSALS = (
     ),
     _one("ep_size", "Experts on several ranks are not tested."),
     _one("moe_dp_size", "Experts on several ranks are not tested."),
+    _one("dwdp_size", "Experts on several ranks are not tested."),
+    Refusal(
+        "moe_a2a_backend",
+        lambda value: value in (None, "none"),
+        "none",
+        f"Experts on several ranks are not tested. Leave it out, or {_WITHOUT}.",
+    ),
+    Refusal(
+        "moe_runner_backend",
+        lambda value: value in (None, "auto", "triton"),
+        "auto or triton",
+        "Some others tune themselves on a dummy verify that SGLang makes for its own algorithms only. Name triton: "
+        "what auto stands for depends on the model and the card.",
+    ),
+    _off("enable_eplb", "It counts which experts a forward visits, and draft steps pass that counter by."),
+    _off("ep_num_redundant_experts", "They belong to experts on several ranks, which are not tested."),
+    Refusal(
+        "init_expert_location",
+        lambda value: value in (None, "trivial"),
+        "trivial",
+        "Places of experts belong to several ranks, which are not tested. Leave it out.",
+    ),
+    _off("expert_distribution_recorder_mode", "Draft steps and fused verifies pass the recorder by."),
+    _off("enable_expert_distribution_metrics", "Draft steps and fused verifies pass the recorder by."),
+    _off("elastic_ep_backend", "Experts on several ranks are not tested."),
+    _off("kt_weight_path", "Experts on the host's processors are not tested."),
     _one("dp_size", "SGLang does not load plugins in its data-parallel controller; start one server per replica."),
     Refusal(
         "disaggregation_mode",

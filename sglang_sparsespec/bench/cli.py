@@ -24,7 +24,7 @@ from sglang_sparsespec.bench.records import read_records
 from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.runner import Runner
 from sglang_sparsespec.bench.sets import SETS, Plan, Request, check
-from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
+from sglang_sparsespec.bench.shapes import DEFAULT_SHAPES, SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.summary import current
 from sglang_sparsespec.errors import ConfigError
 
@@ -67,7 +67,14 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--max-minutes", type=float, help="stop in time and exit with 3; call again to go on")
     found.add_argument("--repeats", type=int, default=2, help="turns per cell (default: 2)")
-    found.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), metavar="SHAPE")
+    found.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=list(SHAPES),
+        default=list(DEFAULT_SHAPES),
+        metavar="SHAPE",
+        help=f"random weights: any of {', '.join(SHAPES)} (default: {', '.join(DEFAULT_SHAPES)})",
+    )
     found.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="scenes with this in their name (--dry-run); repeat"
     )

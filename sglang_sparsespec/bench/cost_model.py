@@ -117,9 +117,14 @@ def step_times(
 
 
 def products_s(shape: ModelShape, roofline: Roofline, *, rows: int, bytes_per_value: int) -> float:
-    """Seconds for the weights of layers and lm_head: reading them, or multiplying `rows` rows, what takes longer."""
-    params = shape.layer_params + shape.head_params
-    return max(params * bytes_per_value / roofline.bandwidth, 2 * params * rows / roofline.flops)
+    """Seconds for the weights of layers and lm_head: reading them, or multiplying `rows` rows, what takes longer.
+
+    Of a mixture of experts a step reads those that its rows visit (`ModelShape.touched_experts`), and multiplies each
+    row with its own. So W grows with the batch, and a verify of (k + 1) x batch rows reads more than a draft does.
+    """
+    read = shape.read_layer_params(rows) + shape.head_params
+    active = shape.active_layer_params + shape.head_params
+    return max(read * bytes_per_value / roofline.bandwidth, 2 * active * rows / roofline.flops)
 
 
 def sampling_s(shape: ModelShape, roofline: Roofline, *, rows: int) -> float:

@@ -190,7 +190,7 @@ def predicted_turn_s(turn: Turn, machine: Machine) -> float:
         pool_tokens=scene.batch * (scene.prompt_tokens + scene.new_tokens / 2),
         bytes_per_value=BYTES[turn.job.target.dtype],
     )
-    prefill_s = scene.requests * scene.prompt_tokens * 2 * shape.layer_params / roofline.flops
+    prefill_s = scene.requests * scene.prompt_tokens * 2 * shape.active_layer_params / roofline.flops
     return prefill_s + waves * scene.new_tokens * ((weights_ms + kv_ms) / 1e3 + GAP_S[machine.has_gpu]) + 2.0
 
 

@@ -21,8 +21,12 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.machine import Machine
 
 GREEDY, SAMPLED = 0.0, 0.6
-FILL_TOKENS = {"qwen3-1.7b": 400_000, "qwen3-8b": 380_000, "qwen3-14b": 250_000}
+FILL_TOKENS = {"qwen3-1.7b": 400_000, "qwen3-8b": 380_000, "qwen3-14b": 250_000, "qwen3-30b-a3b": 80_000}
 """Pool tokens at the end of a growing run, batch 128: what an 80 GB card holds beside the weights."""
+LARGE_FILL_TOKENS = {"qwen3-30b-a3b": 500_000}
+"""The same where there are LARGE_MEMORY bytes, of shapes whose weights leave little of 80 GB: 98 KB a token."""
+LARGE_MEMORY = 120 << 30
+MIN_PROMPT_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -84,14 +88,14 @@ def core(machine: Machine, request: Request) -> Plan:
         scenes = (Scene(128, 2048, 256), Scene(128, 4096, 256), Scene(128, 4096, 256, temperature=SAMPLED))
         jobs.append(_job(request, request.model, members, scenes))
     shapes = [target for target in request.shapes if target.name == "qwen3-1.7b"]
-    jobs += [_job(request, target, _pair(machine, request), (growing(target.name),)) for target in shapes]
+    jobs += [_job(request, target, _pair(machine, request), (growing(target.name, machine),)) for target in shapes]
     if machine.backends[1:]:
         skips.append(Skip("shapes on " + ", ".join(machine.backends[1:]), "twelve server starts; set full has them"))
     return _fitting(machine, jobs, skips)
 
 
 def gpu_table(machine: Machine, request: Request) -> Plan:
-    """The headline table: 1.7B and 8B shapes over pool fill and batch, and a real small model at 2K to 8K contexts."""
+    """The headline table: 1.7B and 8B shapes, or those named, over pool fill and batch, and a real small model."""
     if not machine.has_gpu:
         return _needs_gpu("gpu-table")
     jobs, skips = [], []
@@ -105,13 +109,13 @@ def gpu_table(machine: Machine, request: Request) -> Plan:
     for target in request.shapes:
         if target.name == "qwen3-14b":
             continue
-        half = FILL_TOKENS[target.name] // 2
+        half = fill_tokens(target.name, machine) // 2
         scenes = (
-            growing(target.name, prompt_tokens=half // 128),
-            *fills(target.name, 128, parts=(1,), temperature=SAMPLED),
-            *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch, parts=(1,))),
+            growing(target.name, machine, prompt_tokens=half // 128),
+            *fills(target.name, machine, 128, parts=(1,), temperature=SAMPLED),
+            *(scene for batch in (64, 32, 8) for scene in fills(target.name, machine, batch, parts=(1,))),
             Scene(128, half // 4 // 128, 256),
-            *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch, parts=(4,))),
+            *(scene for batch in (64, 32, 8) for scene in fills(target.name, machine, batch, parts=(4,))),
         )
         best = [c for c in who.plain(machine)[0] if c.name in ("plain/fa3",)]
         members = _pair(machine, request)
@@ -141,7 +145,10 @@ def full(machine: Machine, request: Request) -> Plan:
     members, missing = _rivals(machine, request, ("pillar",), real=False, schedules=SCHEDULES)
     skips += [skip for skip in missing if skip not in skips]
     for target in request.shapes:
-        scenes = (growing(target.name), *(scene for batch in (64, 32, 8) for scene in fills(target.name, batch)))
+        scenes = (
+            growing(target.name, machine),
+            *(scene for batch in (64, 32, 8) for scene in fills(target.name, machine, batch)),
+        )
         jobs.append(_job(request, target, members, scenes))
     return _fitting(machine, jobs, skips)
 
@@ -179,14 +186,23 @@ SETS: dict[str, Callable[[Machine, Request], Plan]] = {
 }
 
 
-def growing(shape: str, prompt_tokens: int = 512, batch: int = 128) -> Scene:
-    """Every pool fill from the prompts to FILL_TOKENS in one run: no request ends before."""
-    new_tokens = FILL_TOKENS[shape] // batch - prompt_tokens
-    return Scene(batch, prompt_tokens, new_tokens, num_slices=8)
+def fill_tokens(shape: str, machine: Machine) -> int:
+    """Pool tokens at the end of a growing run on this machine."""
+    is_large = machine.memory_bytes >= LARGE_MEMORY
+    return LARGE_FILL_TOKENS.get(shape, FILL_TOKENS[shape]) if is_large else FILL_TOKENS[shape]
+
+
+def growing(shape: str, machine: Machine, prompt_tokens: int = 512, batch: int = 128) -> Scene:
+    """Every pool fill from the prompts to `fill_tokens` in one run: no request ends before."""
+    length = fill_tokens(shape, machine) // batch
+    # a small pool grows from a half
+    prompt_tokens = min(prompt_tokens, length // 2)
+    return Scene(batch, prompt_tokens, length - prompt_tokens, num_slices=8)
 
 
 def fills(
     shape: str,
+    machine: Machine,
     batch: int,
     new_tokens: int = 256,
     longest: int = 32_768,
@@ -194,9 +210,16 @@ def fills(
     parts: tuple[int, ...] = (4, 2, 1),
     temperature: float = GREEDY,
 ) -> tuple[Scene, ...]:
-    """FILL_TOKENS over each of `parts`, as far as contexts of `longest` tokens fill the pool."""
-    lengths = [min(longest, FILL_TOKENS[shape] // part // batch) - new_tokens for part in parts]
-    return tuple(Scene(batch, length, new_tokens, temperature=temperature) for length in dict.fromkeys(lengths))
+    """`fill_tokens` over each of `parts`, as far as contexts of `longest` tokens fill the pool.
+
+    Left out where the answers alone would fill more than that.
+    """
+    lengths = [min(longest, fill_tokens(shape, machine) // part // batch) - new_tokens for part in parts]
+    return tuple(
+        Scene(batch, length, new_tokens, temperature=temperature)
+        for length in dict.fromkeys(lengths)
+        if length >= MIN_PROMPT_TOKENS
+    )
 
 
 def _rivals(

@@ -55,16 +55,37 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    # 30.5 B weights, of which a token visits 3.3 B
+    "qwen3-30b-a3b": {
+        **QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
 }
+DEFAULT_SHAPES = ("qwen3-1.7b", "qwen3-8b", "qwen3-14b")
+"""What sets measure unless shapes are named; the others have 61 GB of weights."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a dense decoder with grouped-query attention."""
+    """The sizes of a decoder with grouped-query attention, dense or with a mixture of experts in every layer."""
 
     hidden: int
     intermediate: int
+    """Width of the feed-forward network, or of one expert."""
     layers: int
     heads: int
     kv_heads: int
@@ -72,12 +93,37 @@ class ModelShape:
     vocab: int
     tied: bool
     context: int
+    experts: int = 0
+    """Of a layer; 0: a dense model."""
+    experts_per_token: int = 0
 
     @property
     def layer_params(self) -> int:
-        """Weights of all layers: attention projections and a gated feed-forward network; norms are too few to count."""
+        """Weights of all layers: attention projections and gated feed-forward networks; norms are too few to count."""
+        return round(self._layer_params(max(1, self.experts)))
+
+    @property
+    def active_layer_params(self) -> int:
+        """Those that one token is multiplied with."""
+        return round(self._layer_params(max(1, self.experts_per_token)))
+
+    def read_layer_params(self, rows: int) -> float:
+        """Those that a step of `rows` tokens reads: of a mixture of experts, the experts that one of them visits."""
+        return self._layer_params(self.touched_experts(rows) if self.experts else 1)
+
+    def touched_experts(self, rows: int) -> float:
+        """Experts of a layer that at least one of `rows` tokens visits, where routers choose evenly and by themselves.
+
+        A token visits k of E experts, so it misses a given one with probability 1 - k / E, and all tokens miss it with
+        (1 - k / E) ** rows; E experts are hit with what is left of 1, and expectations add. Tokens that resemble each
+        other, as those of one text do, visit fewer.
+        """
+        return self.experts * (1.0 - (1.0 - self.experts_per_token / self.experts) ** rows) if self.experts else 0.0
+
+    def _layer_params(self, networks: float) -> float:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        router = self.hidden * self.experts
+        return self.layers * (attention + router + networks * 3 * self.hidden * self.intermediate)
 
     @property
     def head_params(self) -> int:
@@ -101,13 +147,17 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
     """From a Hugging Face config.json.
 
     Raises:
-        ConfigError: for a field that a dense decoder has and this one lacks.
+        ConfigError: for a field that a decoder has and this one lacks, or a mixture of experts in some layers only.
     """
     try:
         heads = int(config["num_attention_heads"])
+        experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+        if experts and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+            raise KeyError("experts in every layer")
+        width = config.get("moe_intermediate_size") if experts else None
         return ModelShape(
             hidden=int(config["hidden_size"]),
-            intermediate=int(config["intermediate_size"]),
+            intermediate=int(width or config["intermediate_size"]),
             layers=int(config["num_hidden_layers"]),
             heads=heads,
             kv_heads=int(config.get("num_key_value_heads") or heads),
@@ -115,12 +165,14 @@ def shape_from_config(config: dict[str, Any]) -> ModelShape:
             vocab=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
             context=int(config["max_position_embeddings"]),
+            experts=experts,
+            experts_per_token=int(config["num_experts_per_tok"]) if experts else 0,
         )
     except KeyError as error:
         raise ConfigError(
             "config.json",
             f"without {error}",
-            "that of a dense decoder (Llama, Qwen2, Qwen3, ...)",
+            "that of a decoder (Llama, Qwen2, Qwen3, Qwen3-MoE, Mixtral, ...)",
             "Name another model.",
         ) from None
 

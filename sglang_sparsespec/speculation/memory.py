@@ -32,6 +32,8 @@ GRAPH_BYTES = 4 << 20
 ACCEPT_ELEMENT_BYTES = 38
 # and for each rank of a row where filters become floors: logit, index, probability, mass, cumulative mass, masks
 RANK_BYTES = 40
+# rows that an expert's own are padded to where the host's kernel sorts them by expert: its largest tile
+EXPERT_TILE_ROWS = 128
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
 ACTIVATION_SHARE = 0.5
@@ -51,6 +53,11 @@ class ModelShape(NamedTuple):
     dtype_bytes: int
     """Of weights and activations."""
     num_ranks: int = 1
+    experts: int = 0
+    """Of a layer; 0: dense."""
+    experts_per_token: int = 0
+    expert_size: int = 0
+    """Width of an expert, this rank's part."""
 
 
 class RoundShape(NamedTuple):
@@ -238,16 +245,32 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     if num_reqs == 0:
         return 0
     num_rows = num_reqs * rounds.width
-    # of a token: the residual and what is normed; then Q, K, V and the output, or both halves and their product
+    # the residual and what is normed; then Q, K, V and the output, or both halves and their product
     attention = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
-    activations = 2 * model.hidden_size + max(attention, 3 * model.intermediate_size)
+    layer = max(num_rows * max(attention, 3 * model.intermediate_size), _expert_elements(model, num_rows))
+    activations = 2 * num_rows * model.hidden_size + layer
     # the head's product, and this rank's part of it where ranks gather
     head = model.vocab_size + (model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
     kernels = _split_bytes(model, rounds, num_reqs)
     if rounds.is_fused and rounds.needs_scores:
         kernels += _plane_bytes(model, rounds, num_tokens) + _select_bytes(model, rounds, num_reqs)
     widened = model.vocab_size * rounds.logits_bytes if rounds.logits_bytes > model.dtype_bytes else 0
-    return num_rows * ((activations + head) * model.dtype_bytes + widened) + kernels
+    return (activations + num_rows * head) * model.dtype_bytes + num_rows * widened + kernels
+
+
+def _expert_elements(model: ModelShape, num_rows: int) -> int:
+    """What the experts of one layer hold at a time, as the host's Triton kernels run them.
+
+    The router's logits and choices; then, for each row and expert of it, both halves and their product, and after them
+    the product and the expert's output. Rows of an expert may be padded to a whole tile.
+    """
+    if model.experts == 0:
+        return 0
+    pairs = num_rows * model.experts_per_token
+    pairs += min(pairs, model.experts + 1) * (EXPERT_TILE_ROWS - 1)
+    # a weight and an index of 4 bytes, and the row's place among those of its expert: at most 6 elements of 2
+    routing = num_rows * model.experts + 6 * pairs
+    return routing + pairs * (model.expert_size + max(2 * model.expert_size, model.hidden_size))
 
 
 def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:

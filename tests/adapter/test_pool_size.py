@@ -16,9 +16,11 @@ from sglang_sparsespec.speculation.memory import GIB, ModelShape, RoundShape, nu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
 
+CPU = torch.device("cpu")
 MODEL = ModelShape(
     num_layers=6,
     hidden_size=64,
@@ -118,7 +120,7 @@ def test_a_policy_without_attention_has_no_scores() -> None:
 
 def test_shapes_are_read_off_the_served_model(server_args: Callable[..., Any]) -> None:
     """A wrong attribute of the host's model config would be 0 bytes of something."""
-    from sglang_sparsespec.adapter.memory import model_shape, round_shape
+    from sglang_sparsespec.adapter.memory import identity, model_shape, round_shape
 
     args = server_args(max_running_requests=7)
     config = args.get_model_config()
@@ -134,6 +136,7 @@ def test_shapes_are_read_off_the_served_model(server_args: Callable[..., Any]) -
         dtype_bytes=config.dtype.itemsize,
     )
     assert model_shape(config, 2).num_kv_heads == max(1, text.num_key_value_heads // 2)
+    assert not any(name.startswith("expert") for name in identity(config, args.sparsespec_config, "", CPU))
     for name in ("pillar", "quest"):
         shape = round_shape(
             config,
@@ -266,3 +269,19 @@ def test_prompts_are_captured_some_at_a_time(monkeypatch: pytest.MonkeyPatch, li
         assert set(store.positions[0, row, 0].tolist()) == set(expected.positions[0, row, 0].tolist())
     assert torch.equal(store.num_selected, expected.num_selected)
     assert torch.equal(store.until, expected.until)
+
+
+@pytest.mark.parametrize("arch", ["qwen3-moe", "mixtral"])
+def test_experts_are_read_off_the_served_model(server_args: Callable[..., Any], tmp_path: Path, arch: Any) -> None:
+    """Families name the number and the width of experts differently; one that is missed is 0 bytes of workspace."""
+    from sglang_sparsespec.adapter.memory import identity, model_shape
+    from sglang_sparsespec.model_tools.tiny import write_tiny_model
+
+    path = write_tiny_model(tmp_path, arch=arch, layers=1, hidden=64, experts=6, experts_per_token=4)
+    args = server_args(model_path=str(path))
+    config = args.get_model_config()
+    whole, half = model_shape(config, 1), model_shape(config, 2)
+    assert (whole.experts, whole.experts_per_token, whole.expert_size) == (6, 4, 32)
+    assert (half.experts, half.experts_per_token, half.expert_size) == (6, 4, 16)
+    # rounds of another number of experts take other times
+    assert identity(config, args.sparsespec_config, "", CPU)["experts_per_token"] == "4"

@@ -38,6 +38,14 @@ REFUSED_VALUES: dict[str, Any] = {
     "tp_size": 3,
     "ep_size": 2,
     "moe_dp_size": 2,
+    "dwdp_size": 2,
+    "moe_a2a_backend": "deepep",
+    "moe_runner_backend": "flashinfer_cutlass",
+    "ep_num_redundant_experts": 2,
+    "init_expert_location": "experts.json",
+    "expert_distribution_recorder_mode": "stat",
+    "elastic_ep_backend": "mooncake",
+    "kt_weight_path": "/weights",
     "nnodes": 2,
     "quantization": "fp8",
 }
@@ -345,6 +353,10 @@ def test_models_that_the_host_refuses_on_a_cpu(
         pytest.param(
             _model("qwen3_moe", "Qwen3MoeForCausalLM", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
             id="Qwen3-MoE",
+        ),
+        pytest.param(
+            _model("mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+            id="Mixtral",
         ),
         pytest.param(_model("mistral", "MistralForCausalLM", sliding_window=None), id="Mistral"),
     ],

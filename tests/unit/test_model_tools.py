@@ -155,7 +155,7 @@ def test_smollm2_answers_and_stops_at_the_end_of_its_turn(smollm2_path: Path) ->
 # the random models
 
 
-@pytest.fixture(scope="module", params=["qwen3", "llama"])
+@pytest.fixture(scope="module", params=tiny.ARCHS)
 def tiny_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_tiny_model(tmp_path_factory.mktemp("models") / request.param, arch=request.param)
 
@@ -182,7 +182,16 @@ def test_tiny_model_has_the_asked_shape(tmp_path: Path) -> None:
     assert config["max_position_embeddings"] == 512
 
 
-@pytest.mark.parametrize(("arguments", "message"), [({"vocab": 100}, "at least 259"), ({"arch": "gpt"}, "'qwen3' or")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab": 100}, "at least 259"),
+        ({"arch": "gpt"}, "one of 'qwen3', "),
+        ({"arch": "mixtral", "head_dim": 16}, "hidden / heads, 8"),
+        ({"arch": "qwen3-moe", "experts": 4, "experts_per_token": 5}, "1 to experts, 4"),
+        ({"arch": "qwen3-moe", "experts_per_token": 3}, "width, .* is 42; it must be a multiple of 32"),
+    ],
+)
 def test_tiny_model_refuses_what_it_cannot_write(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     """A vocabulary smaller than the bytes would fail later, inside the tokenizer."""
     with pytest.raises(ValueError, match=message):
@@ -223,6 +232,22 @@ def test_tiny_model_wanders_and_depends_on_distant_tokens(tiny_path: Path) -> No
     positions = torch.arange(300)[None, -64:]
     window = model(prompt[:, -64:], position_ids=positions).logits[0, -32:].argmax(-1)
     assert (full == window).float().mean() < 0.7
+
+
+@pytest.mark.parametrize("arch", tiny.MOE_ARCHS)
+def test_tiny_experts_are_all_visited(tmp_path: Path, arch: tiny.Arch) -> None:
+    """A router that sends all tokens to the same experts makes a dense model of it, and tests nothing."""
+    from transformers import AutoModelForCausalLM
+
+    path = tiny.write_tiny_model(tmp_path, arch=arch, experts=8, experts_per_token=2)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    prompt = torch.randint(0, 256, (1, 300), generator=torch.Generator().manual_seed(0))
+    for logits in model(prompt, output_router_logits=True).router_logits:
+        chosen = logits.topk(2, dim=-1).indices
+        visits = torch.bincount(chosen.flatten(), minlength=8)
+        # evenly it would be 75 each
+        assert visits.min() > 10, visits
+        assert visits.max() < 200, visits
 
 
 # the client

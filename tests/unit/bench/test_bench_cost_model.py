@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 
 from sglang_sparsespec.bench import cost_model
 from sglang_sparsespec.bench.shapes import SHAPES, shape_from_config
+from sglang_sparsespec.errors import ConfigError
 
 SMALL = shape_from_config(SHAPES["qwen3-1.7b"])
+EXPERTS = shape_from_config(SHAPES["qwen3-30b-a3b"])
 LARGE = shape_from_config(SHAPES["qwen3-8b"])
 H100 = cost_model.ROOFLINES["H100"]
 
@@ -80,8 +85,72 @@ def test_products_are_bound_by_reading_or_by_multiplying() -> None:
 def test_shapes_have_the_parameters_of_their_names() -> None:
     """A wrong width would make W, and with it every speed-up of the model, wrong."""
     sizes = {name: shape_from_config(config).stored_params / 1e9 for name, config in SHAPES.items()}
-    assert sizes == pytest.approx({"qwen3-1.7b": 1.72, "qwen3-8b": 8.19, "qwen3-14b": 14.77}, rel=0.01)
+    assert sizes == pytest.approx(
+        {"qwen3-1.7b": 1.72, "qwen3-8b": 8.19, "qwen3-14b": 14.77, "qwen3-30b-a3b": 30.53}, rel=0.01
+    )
+    # "A3B" counts the embedding, which is only looked up
+    active = EXPERTS.active_layer_params + 2 * EXPERTS.head_params
+    assert active / 1e9 == pytest.approx(3.35, rel=0.01)
     assert SMALL.kv_values_per_token * 2 == 114_688
+
+
+@pytest.mark.parametrize(("experts", "chosen", "rows"), [(3, 1, 4), (4, 2, 3), (5, 3, 2), (6, 2, 1)])
+def test_touched_experts_are_the_mean_over_all_choices(experts: int, chosen: int, rows: int) -> None:
+    """E (1 - (1 - k / E) ** rows) against every choice that so many tokens can make, each as likely as the next."""
+    shape = dataclasses.replace(EXPERTS, experts=experts, experts_per_token=chosen)
+    choices = itertools.product(itertools.combinations(range(experts), chosen), repeat=rows)
+    sizes = [len(set(itertools.chain(*choice))) for choice in choices]
+    assert shape.touched_experts(rows) == pytest.approx(sum(sizes) / len(sizes))
+
+
+def test_products_of_experts_grow_with_the_batch() -> None:
+    """One token reads its own experts, a large batch reads all; a dense model reads all at once."""
+    attention = 48 * (2048 * 128 * (2 * 32 + 2 * 4) + 2048 * 128)
+    one = attention + 48 * 8 * 3 * 2048 * 768 + 151936 * 2048
+    assert cost_model.products_s(EXPERTS, H100, rows=1, bytes_per_value=2) == pytest.approx(2 * one / H100.bandwidth)
+    assert EXPERTS.touched_experts(8) == pytest.approx(51.6, abs=0.1)
+    every = 2 * (EXPERTS.layer_params + EXPERTS.head_params) / H100.bandwidth
+    assert cost_model.products_s(EXPERTS, H100, rows=128, bytes_per_value=2) == pytest.approx(every, rel=1e-3)
+    # a verify of 9 x 8 tokens reads more than twice what a decode of 8 does, and 9 x 128 hardly more than 128
+    read = [cost_model.products_s(EXPERTS, H100, rows=rows, bytes_per_value=2) for rows in (8, 72, 128, 1152)]
+    assert read[1] > 2.2 * read[0]
+    assert read[3] == pytest.approx(read[2], rel=1e-3)
+    assert (
+        SMALL.read_layer_params(1) == SMALL.read_layer_params(1000) == SMALL.layer_params == SMALL.active_layer_params
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**SHAPES["qwen3-30b-a3b"], "mlp_only_layers": [0]},
+        {**SHAPES["qwen3-30b-a3b"], "decoder_sparse_step": 2},
+        {name: value for name, value in SHAPES["qwen3-30b-a3b"].items() if name != "num_experts_per_tok"},
+    ],
+    ids=["dense layers between", "every other layer", "experts per token missing"],
+)
+def test_mixtures_that_the_model_does_not_describe_are_refused(config: dict[str, object]) -> None:
+    """Counted as if every layer had experts, their weights and W would be wrong."""
+    with pytest.raises(ConfigError, match=r"config\.json is "):
+        shape_from_config(config)
+
+
+def test_mixtral_names_its_experts_otherwise() -> None:
+    """8x7B: 46.7 B weights, of which a token visits 12.9 B with the embedding; its experts have the whole width."""
+    config = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+    }
+    shape = shape_from_config(config)
+    assert shape.stored_params / 1e9 == pytest.approx(46.7, rel=0.01)
+    assert (shape.active_layer_params + 2 * shape.head_params) / 1e9 == pytest.approx(12.9, rel=0.01)
 
 
 def test_fit_step_finds_the_line() -> None:

@@ -97,6 +97,25 @@ def test_scenes_that_do_not_fit_are_named(h100: Machine, request_: Request) -> N
     assert any("context is 4096" in reason for reason in found.values())
 
 
+@pytest.mark.parametrize(("memory", "fill"), [(79 << 30, 80_000), (139 << 30, 500_000)], ids=["H100", "H200"])
+def test_a_shape_with_large_weights_fills_what_the_card_has(
+    h100: Machine, request_: Request, memory: int, fill: int
+) -> None:
+    """Scenes made for the larger card would all be skipped on the smaller one, and the other way round tell little."""
+    shapes = tuple(target for target in request_.shapes if target.name == "qwen3-30b-a3b")
+    card = dataclasses.replace(h100, memory_bytes=memory)
+    for make in (sets.gpu_table, sets.full):
+        plan = make(card, dataclasses.replace(request_, model=None, shapes=shapes))
+        [job] = plan.jobs
+        first = job.scenes[0]
+        assert first.batch * (first.prompt_tokens + first.new_tokens) == pytest.approx(fill, rel=0.01)
+        assert {scene.batch for scene in job.scenes} == {128, 64, 32, 8}
+        assert min(min(scene.prompt_tokens, scene.new_tokens) for scene in job.scenes) >= sets.MIN_PROMPT_TOKENS
+        assert not any(what.startswith("qwen3-30b-a3b") for what in reasons(plan))
+        needed = job.target.weights_bytes + planner.pool_tokens(job, card) * job.target.kv_bytes_per_token()
+        assert needed + planner.SERVER_BYTES < memory
+
+
 def test_full_has_every_policy_that_serves(h100: Machine, request_: Request) -> None:
     """A new policy must appear in the cross without being written down twice."""
     from sglang_sparsespec.config import SELECTIONS

@@ -151,6 +151,31 @@ def test_wide_groups_count_their_score_planes() -> None:
     assert memory._plane_bytes(wide, rounds(8), 1000) == 2 * 8 * 1000 * 4
 
 
+@pytest.mark.parametrize("num_reqs", [1, 16, 128])
+@pytest.mark.parametrize(
+    ("experts", "per_token", "size"), [(128, 8, 768), (8, 2, 14336), (8, 8, 64)], ids=["30B-A3B", "8x7B", "narrow"]
+)
+def test_experts_have_room_for_what_the_host_allocates(experts: int, per_token: int, size: int, num_reqs: int) -> None:
+    """SGLang's Triton path, buffer by buffer: halves and product, then product and outputs, with tiles and without."""
+    model = QWEN3_8B._replace(intermediate_size=0, experts=experts, experts_per_token=per_token, expert_size=size)
+    shape = rounds(num_reqs)
+    num_rows = num_reqs * shape.width
+    dense = model._replace(experts=0)
+    room = memory._forward_bytes(model, shape, num_reqs, 0) - memory._forward_bytes(dense, shape, num_reqs, 0)
+    # that part of the dense plan is the attention's, whose buffers are gone when the experts run
+    room += num_rows * (2 * 32 + 2 * 8) * 128 * 2
+    for tile in (0, 127):
+        pairs = num_rows * per_token
+        padded = pairs + min(pairs, experts + 1) * tile
+        halves, product, outputs = padded * 2 * size, padded * size, pairs * 4096
+        sorted_ids = 128 * pairs if pairs < experts + 1 else pairs + (experts + 1) * 127
+        choices = pairs * (4 + 4) + 4 * sorted_ids
+        taken = 2 * (max(halves + product, product + outputs) + num_rows * experts) + choices
+        assert taken <= room
+    # and nothing for a model without
+    assert memory._expert_elements(dense, num_rows) == 0
+
+
 @pytest.mark.parametrize("activation_gib", [0, 1, 8])
 @pytest.mark.parametrize("pool_gib", [4, 16, 51, 110, 1000])
 @pytest.mark.parametrize("num_q_heads", [32, 64])
