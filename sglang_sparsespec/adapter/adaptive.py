@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
 from sglang_sparsespec.speculation.controller import Controller, Round, Status
@@ -44,8 +45,7 @@ class StepPlan(NamedTuple):
         """[num_reqs], int64; the copy does not wait for the device."""
         if self.limits is None:
             return None
-        host = torch.tensor(self.limits, dtype=torch.int64)
-        return host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host.to(device)
+        return to_device(torch.tensor(self.limits, dtype=torch.int64), device)
 
 
 class RoundSteps:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.speculation.penalties import PenaltyLedger, PenaltyParams, penalise_chain
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class PenalisedRows:
 
     def __init__(self, reqs: list[Req], rows: list[int], ledger: PenaltyLedger, vocab_size: int, device: str) -> None:
         self.rids = [reqs[row].rid for row in rows]
-        self.rows = _to_device(torch.tensor(rows), device)
+        self.rows = to_device(torch.tensor(rows), device)
         self.params = _params([reqs[row] for row in rows], vocab_size, device)
         self._counts, self._output_lens = ledger.stack(self.rids)
         self._draft_counts, self._drafted = self._counts, 0
@@ -97,7 +98,7 @@ class Penalties:
         for row in rows:
             req = batch.reqs[row]
             self._ledger.start(req.rid, req.output_ids, self._vocab_size, self._device)
-        tokens = next_tokens[_to_device(torch.tensor(rows), self._device), None].long()
+        tokens = next_tokens[to_device(torch.tensor(rows), self._device), None].long()
         lens = torch.ones(len(rows), dtype=torch.int32, device=self._device)
         self._ledger.append([batch.reqs[row].rid for row in rows], tokens, lens)
 
@@ -126,11 +127,11 @@ def _params(reqs: list[Req], vocab_size: int, device: str) -> PenaltyParams:
     sampling = [req.sampling_params for req in reqs]
     stop_ids = [torch.tensor(_stop_token_ids(req), dtype=torch.int64) for req in reqs]
     return PenaltyParams(
-        frequency=_to_device(torch.tensor([p.frequency_penalty for p in sampling]), device),
-        presence=_to_device(torch.tensor([p.presence_penalty for p in sampling]), device),
-        repetition=_to_device(torch.tensor([p.repetition_penalty for p in sampling]), device),
-        min_new_tokens=_to_device(torch.tensor([p.min_new_tokens for p in sampling], dtype=torch.int32), device),
-        stop_token_ids=_to_device(
+        frequency=to_device(torch.tensor([p.frequency_penalty for p in sampling]), device),
+        presence=to_device(torch.tensor([p.presence_penalty for p in sampling]), device),
+        repetition=to_device(torch.tensor([p.repetition_penalty for p in sampling]), device),
+        min_new_tokens=to_device(torch.tensor([p.min_new_tokens for p in sampling], dtype=torch.int32), device),
+        stop_token_ids=to_device(
             torch.nn.utils.rnn.pad_sequence(stop_ids, batch_first=True, padding_value=vocab_size), device
         ),
     )
@@ -144,8 +145,3 @@ def _stop_token_ids(req: Req) -> list[int]:
     if req.tokenizer.eos_token_id is not None:
         ids.add(req.tokenizer.eos_token_id)
     return sorted(ids)
-
-
-def _to_device(host: torch.Tensor, device: str) -> torch.Tensor:
-    # pinned, so that the copy does not wait for the device
-    return host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host.to(device)

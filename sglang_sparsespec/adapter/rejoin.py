@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput
+from sglang_sparsespec.adapter.transfer import to_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ def join_running(
     stream.wait_stream(scheduler.schedule_stream)
     with scheduler.forward_stream_ctx:
         load_states()
-        bonus_tokens = _to_device(
+        bonus_tokens = to_device(
             torch.tensor([req.output_ids[-1] for req in reqs], dtype=torch.int64), scheduler.device
         )
         batch.spec_info = SparseSpecDraftInput(bonus_tokens=bonus_tokens)
@@ -65,9 +66,9 @@ def _batch_of(scheduler: Scheduler, reqs: list[Req]) -> ScheduleBatch:
     rows = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)
     lens = torch.tensor([req.kv_committed_len for req in reqs], dtype=torch.int64)
     batch.req_pool_indices_cpu = rows
-    batch.req_pool_indices = _to_device(rows, scheduler.device)
+    batch.req_pool_indices = to_device(rows, scheduler.device)
     batch.seq_lens_cpu = lens
-    batch.seq_lens = _to_device(lens, scheduler.device)
+    batch.seq_lens = to_device(lens, scheduler.device)
     batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
     batch.seq_lens_sum = int(lens.sum())
     batch.multimodal_inputs = [req.multimodal_inputs for req in reqs]
@@ -76,8 +77,3 @@ def _batch_of(scheduler: Scheduler, reqs: list[Req]) -> ScheduleBatch:
         batch.token_ids_logprobs = [req.logprob.token_ids_logprob for req in reqs]
     batch.sampling_info = SamplingBatchInfo.from_schedule_batch(batch, scheduler.model_config.vocab_size)
     return batch
-
-
-def _to_device(host: torch.Tensor, device: str) -> torch.Tensor:
-    # pinned, so that the copy does not wait for the round in flight
-    return host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host.clone()

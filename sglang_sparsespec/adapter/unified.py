@@ -19,6 +19,7 @@ from sglang_sparsespec.adapter.attention_backend import MixedPlan
 from sglang_sparsespec.adapter.fused_verify import FusedPlan
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.spec_input import SparseSpecMixedStep
+from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.adapter.unified_state import RoundInputs, UnifiedState
 from sglang_sparsespec.speculation.acceptance import Acceptance
 from sglang_sparsespec.speculation.phases import assign, held_after, load_of
@@ -86,7 +87,8 @@ class UnifiedRounds:
         self._list_slots = list_slots
         self.forward = PaddedForward("unified", self._body, batch_sizes)
         self._held: dict[str, Held] = {}
-        self._were_sampled = False
+        self._q_rule: str | None = None
+        """By which rule the drafts that are held were sampled; None: they were not."""
         # of the last round: a steady batch has the same again
         self._inputs: tuple[Any, RoundInputs] | None = None
 
@@ -122,10 +124,14 @@ class UnifiedRounds:
         current = batch.spec_info.bonus_tokens.long()
         state, rows = self._state, plan.rows
         state.begin(rows, plan.committed_lens, current)
-        held = self._take_held(batch.reqs, samples=self._samples(batch))
+        # q is computed again from logits when it is asked for, by the rule of the batch
+        q_rule = plan.rule.filter_order if self._samples(batch) else None
+        held = self._take_held(batch.reqs, q_rule)
         fresh = [req for req, num_drafts in enumerate(held) if num_drafts is None]
         if fresh:
-            self._lay_out(self._on_device(fresh, rows), rows, plan.committed_lens, plan.max_committed_len)
+            self._lay_out(
+                to_device(torch.tensor(fresh), rows.device), rows, plan.committed_lens, plan.max_committed_len
+            )
         inputs = self._round_inputs([num_drafts or 0 for num_drafts in held], batch, plan.batch_size)
         outcome = _Outcome(plan, batch.return_logprob, self._num_steps)
         packed = inputs.packed(rows)
@@ -140,12 +146,12 @@ class UnifiedRounds:
     def _samples(self, batch: ScheduleBatch) -> bool:
         return self._sampler.samples_drafts and not batch.sampling_info.is_all_greedy
 
-    def _take_held(self, reqs: Sequence[Req], *, samples: bool) -> list[int | None]:
+    def _take_held(self, reqs: Sequence[Req], q_rule: str | None) -> list[int | None]:
         """Drafts that each request has from the last round; None for those whose lists are to be laid out first."""
-        if samples != self._were_sampled:
-            # of drafts that were not sampled nobody knows what they were sampled from
+        if q_rule != self._q_rule:
+            # drafts that were chosen, or sampled by another rule: q would not be what they came from
             self._held = {rid: held._replace(num_drafts=0) for rid, held in self._held.items()}
-            self._were_sampled = samples
+            self._q_rule = q_rule
         found = [self._held.get(req.rid) for req in reqs]
         return [
             None if held is None or held.row != req.req_pool_idx else held.num_drafts
@@ -156,18 +162,14 @@ class UnifiedRounds:
         phases = assign(held, self._num_steps)
         key = (held, phases, batch_size)
         if self._inputs is None or self._inputs[0] != key:
-            device = str(self._state.lists.device.type)
-            self._inputs = (key, RoundInputs(held, phases, self._num_steps, batch_size, device))
+            inputs = RoundInputs(held, phases, self._num_steps, batch_size, self._state.lists.device)
+            self._inputs = (key, inputs)
         # requests that sit this round out are forgotten with the old dictionary
         after = held_after(phases, self._num_steps)
         self._held = {
             req.rid: Held(req.req_pool_idx, num_drafts) for req, num_drafts in zip(batch.reqs, after, strict=True)
         }
         return self._inputs[1]
-
-    def _on_device(self, reqs: list[int], like: torch.Tensor) -> torch.Tensor:
-        host = torch.tensor(reqs, dtype=torch.int64)
-        return host.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else host
 
     def _agree(self, inputs: RoundInputs, number: int, rows: torch.Tensor) -> None:
         """Ranks verify the same chains; what they drafted from need not agree."""

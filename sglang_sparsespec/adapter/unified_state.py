@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.speculation.phases import Load, load_of, turns
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class RoundInputs:
     """
 
     def __init__(
-        self, held: Sequence[int], phases: Sequence[int], num_steps: int, batch_size: int, device: str
+        self, held: Sequence[int], phases: Sequence[int], num_steps: int, batch_size: int, device: torch.device
     ) -> None:
         self.load = load_of(batch_size, num_steps)
         self.turns = turns(held, phases, num_steps)
@@ -55,8 +56,7 @@ class RoundInputs:
         numbers = torch.zeros_like(reqs)
         for turn, of_reqs, of_numbers in zip(self.turns, reqs, numbers, strict=True):
             self._fill(turn, num_steps, of_reqs, of_numbers)
-        host = torch.stack([reqs, numbers])
-        self._reqs, self._numbers = host.pin_memory().to(device, non_blocking=True) if device == "cuda" else host
+        self._reqs, self._numbers = to_device(torch.stack([reqs, numbers]), device)
 
     def _fill(self, turn: Turn, num_steps: int, reqs: torch.Tensor, numbers: torch.Tensor) -> None:
         num_drafting, num_verifying = len(turn.draft_reqs), len(turn.verify_reqs)

@@ -190,6 +190,7 @@ class Engine:
             assert tokens[i][-1] == int(acceptance.bonus_tokens[i])
             # the model's own tokens, whatever was drafted, and the logits of just these positions
             current, position = self.current[req.rid], self.committed[req.rid]
+            assert logits is not None
             for j, token in enumerate(tokens[i]):
                 assert token == int(next_token(torch.tensor(current), torch.tensor(position + j)))
                 assert int(logits.view(len(batch.reqs), WIDTH, VOCAB)[i, j].argmax()) == token
@@ -199,7 +200,7 @@ class Engine:
         return tokens
 
 
-def make_sampled(batch: Any, plan: Any) -> None:
+def make_sampled(batch: Any, plan: Any, **changes: Any) -> None:
     """All requests of a batch at a temperature of 4."""
     from sglang_sparsespec.speculation.distribution import SamplingRule
 
@@ -214,6 +215,7 @@ def make_sampled(batch: Any, plan: Any) -> None:
         need_top_p=False,
         need_min_p=False,
         has_greedy=False,
+        **changes,
     )
 
 
@@ -344,20 +346,28 @@ def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., E
 
     host.rounds._sampler.accept = watch  # type: ignore[assignment,method-assign]
 
-    def sampled() -> None:
+    def sampled(**changes: Any) -> None:
         batch, plan = host.batch_and_plan()
-        make_sampled(batch, plan)
+        make_sampled(batch, plan, **changes)
         acceptance, _ = host.rounds.run(batch, plan)
         for i, req in enumerate(batch.reqs):
             host.committed[req.rid] += int(acceptance.accept_lens[i])
             host.current[req.rid] = int(acceptance.bonus_tokens[i])
 
+    def num_queries() -> list[int]:
+        return sorted(queries for turn in host.seen[-WIDTH:] for _, _, queries in turn.verifies)
+
     sampled()
     # who held drafts of the greedy round verifies as if it had come anew
-    short = [queries for turn in host.seen[-WIDTH:] for _, _, queries in turn.verifies]
-    assert sorted(short) == [1, 2, 3, 3, 4, 4]
-    seen.clear()
+    anew = [1, 2, 3, 3, 4, 4]
+    assert num_queries() == anew
     sampled()
+    assert num_queries() == [4] * 6
+    # and so where the order of the filters is another one, for that changes q
+    sampled(filter_order="sequential")
+    assert num_queries() == anew
+    seen.clear()
+    sampled(filter_order="sequential")
     for drafts in seen:
         probs = torch.softmax(drafts.logits / 4.0, dim=-1)
         assert torch.allclose(probs.gather(2, drafts.tokens[..., None])[..., 0], drafts.probs, atol=1e-6)
