@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 
+PADDED_TO = 32
+"""Values of an all-reduce, so that ranks which ask about more or fewer things can still be told that they do."""
+
+
 class HostRanks:
     """The schedulers of a server; one alone asks nobody.
 
@@ -72,10 +76,11 @@ class HostRanks:
             return values
         # all ranks have the same mark if the smallest is the largest
         mark = zlib.crc32("\0".join(question).encode())
-        low, negated_high, *agreed = self._all_reduce_min([mark, -mark, *values])
+        said = [mark, -mark, *values]
+        low, negated_high, *agreed = self._all_reduce_min(said + [0] * (-len(said) % PADDED_TO))
         if low != -negated_high:
             raise RankError(self.rank, " ".join(question))
-        return agreed
+        return agreed[: len(values)]
 
     # What the tests replace: the group itself
 

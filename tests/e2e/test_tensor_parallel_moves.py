@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.e2e.conftest import TINY_ENV
-from tests.support import faulty_offload, pressure, random_steps, workload
+from tests.support import faulty_offload, pressure, random_steps
 from tests.support.pressure import assert_nothing_is_left, metric, not_penalised
 from tests.support.server import Server
 from tests.support.watched_ranks import FOLDER, entries
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TWO_RANKS = ("--tp-size", "2", "--skip-server-warmup")
-NUM_REQUESTS = 60
+NUM_REQUESTS = 40
 NUM_STEPS = 3
 OPTIONS = (
     f"--speculative-algorithm SPARSESPEC --speculative-num-steps {NUM_STEPS} --sparsespec-min-budget 32 "
@@ -38,13 +38,14 @@ OPTIONS = (
 CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SERVERS = {
     "slow-overlap-page1-radix": "--page-size 1",
-    "refusing-sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64",
+    "refusing-sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 "
+    "--schedule-conservativeness 0.01",
 }
 FAULTS = {
     # a copy takes two looks on rank 0, three on rank 1
     "slow-overlap-page1-radix": "seed=5,refuse=0,polls=2",
     # and each rank refuses others
-    "refusing-sync-page16-chunked": "seed=5,refuse=0.4,polls=2",
+    "refusing-sync-page16-chunked": "seed=5,refuse=0.3,polls=2",
 }
 START_S = 900
 
@@ -53,7 +54,8 @@ START_S = 900
 def reference(tiny_model: Path) -> list[Exchange]:
     """What plain SGLang answers on two ranks, with room for all."""
     with Server(tiny_model, *TWO_RANKS, env=TINY_ENV, timeout_s=START_S) as server:
-        return workload.exchange(server, pressure.payloads()[:NUM_REQUESTS])
+        payloads = pressure.payloads()[:NUM_REQUESTS]
+        return list(map(Exchange, payloads, pressure.send(server, payloads, concurrency=16)))
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -92,7 +94,7 @@ def test_ranks_move_and_draft_alike(watched: tuple[str, Server, Path], reference
     refusals = metric(server, "offload_refusals_total")
     assert (refusals > 0) == may_refuse
     assert sum(output["meta_info"]["num_retractions"] for output in outputs) == refusals
-    assert metric(server, "offloads_total") > 5
+    assert metric(server, "offloads_total") > 2 * (not may_refuse)
     assert metric(server, "copied_in_bytes_total") > 0
 
     server.idle_check()
