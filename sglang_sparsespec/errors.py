@@ -30,5 +30,15 @@ class HostContractError(SparseSpecError, RuntimeError):
     """The installed SGLang lacks something this plugin stands on."""
 
 
+class RankError(SparseSpecError, RuntimeError):
+    """Tensor-parallel ranks came to different states, and would wait for each other for ever: a bug in this package."""
+
+    def __init__(self, rank: int, question: str) -> None:
+        super().__init__(
+            f"rank {rank} asks about {question!r}, another rank about something else; all ranks must ask the same. "
+            "Report it, and start with --tp-size 1 or without --sparsespec-host-memory-gb meanwhile."
+        )
+
+
 class AccountError(SparseSpecError, RuntimeError):
     """The accounts of offloaded KV do not balance: a bug in this package."""

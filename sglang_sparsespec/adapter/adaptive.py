@@ -3,6 +3,10 @@
 Times are the host's, from the arrival of one round's results to the next one's. The host gets results by waiting for
 the device, so in a steady state that is what a round takes, whether the device or the host is the slower; CUDA events
 would leave out the gaps between rounds, which short rounds pay more often. Nothing waits for the device for this.
+
+Tensor parallelism: ranks must make rounds of the same k, and each has its own clock. Rank 0 has the controller, and the
+others are told k, once a round. Were they told times instead, all controllers would have to come to the same k by
+floating-point arithmetic, and a hang would be the price of a last bit; as it is there is nothing that could differ.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
@@ -55,6 +60,8 @@ class RoundSteps:
         config: of the server.
         identity: of the server, for its profile.
         clock: seconds.
+        ranks: schedulers that make the same rounds; default: this one alone. Rank 0 alone learns, and reads and writes
+            the profile.
 
     Raises:
         ConfigError: the profile is of another server, or none.
@@ -65,9 +72,12 @@ class RoundSteps:
         config: SparseSpecConfig,
         identity: profile.Identity | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        ranks: HostRanks | None = None,
     ) -> None:
         self.max_steps = config.num_steps
-        self.controller = Controller(config.step_choices) if config.adaptive else None
+        self._ranks = ranks or HostRanks()
+        self._is_adaptive = config.adaptive
+        self.controller = Controller(config.step_choices) if config.adaptive and self._ranks.leads else None
         self._profile, self._identity = config.profile, identity or {}
         self.is_warm = False
         if self.controller is not None and self._profile is not None:
@@ -79,14 +89,26 @@ class RoundSteps:
         self._saved = clock()
 
     def next_round(self, reqs: Sequence[Req], pool_tokens: int) -> StepPlan:
-        """The plan of the round that is about to start, for `reqs` with `pool_tokens` of KV as the host knows."""
-        chosen = self.wanted(pool_tokens, [self.limit_of(req) for req in reqs])
+        """The plan of the round that is about to start, for `reqs` with `pool_tokens` of KV as the host knows.
+
+        Every rank calls this once for every round, before its first forward.
+        """
+        chosen = self._agreed(pool_tokens, [self.limit_of(req) for req in reqs])
         self._in_flight.append((chosen, self._is_steady))
         self._is_steady = True
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft()
         is_limited = min(chosen.allowed) < chosen.num_steps
         return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None)
+
+    def _agreed(self, pool_tokens: int, limits: Sequence[int]) -> Round:
+        """The same on every rank: requests and limits are, and k is rank 0's."""
+        if self._is_adaptive and not self._ranks.leads:
+            return round_of(self._ranks.of_rank_0(0), pool_tokens, limits)
+        chosen = self.wanted(pool_tokens, limits)
+        if self._is_adaptive:
+            self._ranks.of_rank_0(chosen.num_steps)
+        return chosen
 
     def limit_of(self, req: Req) -> int:
         """Drafts of a request that may stand."""
@@ -131,13 +153,13 @@ class RoundSteps:
 
     @property
     def status(self) -> Status | None:
-        """Of the controller; None where k is fixed."""
+        """Of the controller; None where k is fixed or another rank's."""
         return None if self.controller is None else self.controller.status
 
     def describe(self) -> dict[str, Any]:
         """For /server_info."""
         if self.controller is None:
-            return {"adaptive": False, "num_steps": self.max_steps}
+            return {"adaptive": self._is_adaptive, "num_steps": self.max_steps}
         return {"adaptive": True, **profile.describe(self.controller)}
 
 

@@ -48,16 +48,16 @@ def _first_of(config: PretrainedConfig, *names: str) -> int:
 
 
 def identity(
-    model: ModelConfig, config: SparseSpecConfig, attention_backend: str, device: torch.device
+    model: ModelConfig, config: SparseSpecConfig, attention_backend: str, device: torch.device, num_ranks: int = 1
 ) -> dict[str, str]:
     """What the times of rounds depend on beside batch, k and KV in use: a profile of another server is refused."""
-    shape = model_shape(model, 1)
-    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget")
+    # of the whole model; each of `num_ranks` ranks has a share
+    shape = model_shape(model, 1)._replace(num_ranks=num_ranks)
+    options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
-        # of a dense model nothing is said about experts, as before there were any
-        **{name: str(value) for name, value in shape._asdict().items() if name != "num_ranks" and value > 0},
-        **{name: str(getattr(config, name)) for name in (*options, "verify_attention", "schedule", "draft_sampling")},
+        **{name: str(value) for name, value in shape._asdict().items()},
+        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling", "schedule")},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

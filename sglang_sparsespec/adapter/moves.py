@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sglang.srt.managers.schedule_batch import Req
 
+    from sglang_sparsespec.adapter.host_ranks import HostRanks
     from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.kv.queues import Queues
@@ -51,12 +52,14 @@ class Moves:
     """Moves single requests, and holds those that are away.
 
     Args:
-        num_bytes: host memory of this rank; with `auto` no more than AUTO_POOLS device pools of it are taken.
+        num_bytes: host memory of this rank; the smallest of all ranks counts, and with `auto` no more than AUTO_POOLS
+            device pools are taken.
         model_runner: SGLang's, with its pools built.
         server_args: for priorities and the overlap scheduler.
         state: see RequestState.
         metrics: told of every move.
         queues: of the device.
+        ranks: that move the same requests.
 
     Raises:
         ConfigError: if the memory does not hold one block.
@@ -71,8 +74,10 @@ class Moves:
         state: RequestState,
         metrics: OffloadMetrics,
         queues: Queues,
+        ranks: HostRanks,
     ) -> None:
         self._server_args = server_args
+        self._ranks = ranks
         self._state = state
         self._metrics = metrics
         self._queues = queues
@@ -82,12 +87,15 @@ class Moves:
         widths = [buffer[0].numel() for buffer in (*pool.k_buffer, *pool.v_buffer)]
         if server_args.sparsespec_host_memory_gb == AUTO:
             num_bytes = min(num_bytes, AUTO_POOLS * self._allocator.size * sum(widths) * pool.store_dtype.itemsize)
+        # once at start, on every rank; from then on equal pools are full at the same moment
+        num_bytes = ranks.least("bytes of host memory", num_bytes)
         self.host = HostPool(widths, pool.store_dtype, num_bytes, block_tokens=BLOCK_TOKENS, is_pinned=is_cuda)
         if self.host.num_blocks == 0:
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
                 server_args.sparsespec_host_memory_gb,
-                f"at least {BLOCK_TOKENS * self.host.bytes_per_token / 1e9:.3g} for each rank ({BLOCK_TOKENS} tokens)",
+                f"at least {ranks.size * BLOCK_TOKENS * self.host.bytes_per_token / 1e9:.3g} ({BLOCK_TOKENS} tokens, "
+                f"on each of {ranks.size} ranks)",
                 "Raise it, or leave it out to have requests retracted.",
             )
         logger.info(
@@ -103,10 +111,14 @@ class Moves:
         metrics.watch(self.host, self.ledger)
 
     def depart(self, req: Req) -> bool:
-        """Start to copy a request's KV out; False where host memory is full, and nothing is done."""
+        """Start to copy a request's KV out; False where host memory is full on some rank, and nothing is done.
+
+        Every rank gets here with the same request: who leaves follows from the page table, the pool and the lists.
+        """
         num_tokens = req.kv_committed_len
         blocks = self.host.alloc(num_tokens)
-        if blocks is None:
+        if not self._ranks.all_hold("room on the host", {req.rid: blocks is not None})[req.rid] or blocks is None:
+            self.host.free(blocks or [])
             return False
         # a copy: the row is rewritten when it has a new owner
         slots = self._req_to_token_pool.req_to_token[req.req_pool_idx, :num_tokens].to(torch.int64, copy=True)

@@ -8,6 +8,9 @@ Shared radix prefixes: a leaving request copies all its committed KV and unlocks
 long as there is room. When it returns, it matches the cache again and shares what is still there; only the rest is
 copied back. Pinning instead would let requests that wait fill the pool.
 
+Tensor parallelism: each rank moves its own heads of the same requests at the same time. What is asked for here follows
+from state that is equal on all ranks, and from whether copies are done, which `_done` and `Moves.depart` agree on.
+
 When SGLang calls: `patches/offload.py`. Who moves: `kv/policy.py`. How one request moves: `adapter/moves.py`.
 """
 
@@ -20,6 +23,7 @@ from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
+from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.adapter.moves import Moves
 from sglang_sparsespec.adapter.rejoin import join_running
 from sglang_sparsespec.adapter.round_clock import FULL_SHARE
@@ -52,6 +56,7 @@ class Offloader:
         state: see RequestState.
         metrics: told of every move.
         queues: default: those of the model runner's device.
+        ranks: schedulers that move the same requests; default: this one alone.
     """
 
     def __init__(
@@ -64,8 +69,10 @@ class Offloader:
         state: RequestState,
         metrics: OffloadMetrics,
         queues: Queues | None = None,
+        ranks: HostRanks | None = None,
     ) -> None:
         self._server_args = server_args
+        self._ranks = ranks or HostRanks()
         self._allocator = model_runner.token_to_kv_pool_allocator
         self._moves = Moves(
             num_bytes=num_bytes,
@@ -74,6 +81,7 @@ class Offloader:
             state=state,
             metrics=metrics,
             queues=device_queues(model_runner.device, model_runner.forward_stream) if queues is None else queues,
+            ranks=self._ranks,
         )
         self._ledger = self._moves.ledger
         self._policy = MovePolicy(tokens_per_round=tokens_per_round, pool_tokens=self._allocator.size)
@@ -147,7 +155,8 @@ class Offloader:
             self._requeue(scheduler, batch, retracted)
 
     def _requeue(self, scheduler: Scheduler, batch: ScheduleBatch, retracted: list[Req]) -> None:
-        logger.warning(
+        logger.log(
+            logging.WARNING if self._ranks.leads else logging.DEBUG,
             "SPARSESPEC: host memory is full (%d requests, %.1f of %.1f GB); retracting %d request(s), which will be "
             "prefilled again. Raise --sparsespec-host-memory-gb, or lower --max-running-requests.",
             len(self._ledger),
@@ -190,16 +199,15 @@ class Offloader:
         self, scheduler: Scheduler, running: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> ScheduleBatch:
         """Collect copies that are done, start others, and let those that are back join the running batch."""
-        for entry in self._ledger.entries(Place.LEAVING):
-            if entry.transfer is None or entry.transfer.is_done():
-                self._moves.free_device(scheduler.tree_cache, entry)
+        for entry in self._done(Place.LEAVING):
+            self._moves.free_device(scheduler.tree_cache, entry)
         live = {id(req): req for req in running.reqs if not req.finished()}
         if last_batch is not None and last_batch.forward_mode.is_extend():
             live.update({id(req): req for req in last_batch.reqs if not req.finished()})
         # the chunks of a prompt follow each other without a decode between them; their room is spoken for
         if scheduler.chunked_req is None:
             self._start_returns(scheduler, list(live.values()))
-        returned = [e for e in self._ledger.entries(Place.RETURNING) if e.transfer is not None and e.transfer.is_done()]
+        returned = self._done(Place.RETURNING)
         if not returned:
             return running
         for entry in returned:
@@ -208,6 +216,19 @@ class Offloader:
             self._ledger.remove(entry)
             entry.request.is_retracted = False
         return join_running(scheduler, running, [entry.request for entry in returned], self._load_states(returned))
+
+    def _done(self, place: Place) -> list[Entry[Req]]:
+        """Those at `place` whose copies are done on every rank; the senior first.
+
+        Every rank asks in the same iterations about the same entries: the hook calls while the ledger holds any, and
+        the ledger changes by decisions that are equal on all ranks. Nobody is asked while nothing is under way.
+        """
+        entries = {entry.seniority.rid: entry for entry in self._ledger.entries(place)}
+        if not entries:
+            return []
+        own = {rid: entry.transfer is None or entry.transfer.is_done() for rid, entry in entries.items()}
+        agreed = self._ranks.all_hold(place.value, own)
+        return [entry for rid, entry in entries.items() if agreed[rid]]
 
     def _load_states(self, entries: list[Entry[Req]]) -> Callable[[], None]:
         def load() -> None:
@@ -242,7 +263,8 @@ class Offloader:
         """End every request here whose id starts with `rid`, as SGLang does with its waiting queue."""
         for entry in self._ledger.entries():
             if abort_all or entry.request.rid.startswith(rid):
-                logger.info("SPARSESPEC: aborted request %s (%s)", entry.request.rid, entry.place.value)
+                if self._ranks.leads:
+                    logger.info("SPARSESPEC: aborted request %s (%s)", entry.request.rid, entry.place.value)
                 self._moves.drop(scheduler.tree_cache, entry)
                 scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=entry.request.rid), entry.request)
 

@@ -205,8 +205,8 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
     _check_schedule(config)
-    _check_host_memory(config, resolved.tp_size)
-    _check_adaptive(config, resolved.tp_size)
+    if config.profile is not None:
+        check_path(config.profile)
 
 
 def _check_options(server_args: ServerArgs) -> None:
@@ -325,28 +325,6 @@ def _check_model(model: ModelConfig) -> None:
             "a decoder with full multi-head or grouped-query attention (Llama, Qwen2, Qwen3, ...)",
             f"This is {kind}: {reason} Choose another model, or {_WITHOUT}.",
         )
-
-
-def _check_host_memory(config: SparseSpecConfig, tp_size: int) -> None:
-    if config.host_memory_gb > 0 and tp_size > 1:
-        raise ConfigError(
-            "--sparsespec-host-memory-gb",
-            config.host_memory_gb,
-            f"0 with --tp-size {tp_size}",
-            "Ranks would have to agree on when a copy is done. Leave it out, or set --tp-size to 1.",
-        )
-
-
-def _check_adaptive(config: SparseSpecConfig, tp_size: int) -> None:
-    if config.adaptive and tp_size > 1:
-        raise ConfigError(
-            "--sparsespec-adaptive",
-            config.adaptive,
-            f"left out with --tp-size {tp_size}",
-            "Ranks would have to agree on k, and each has its own clock. Leave it out, or set --tp-size to 1.",
-        )
-    if config.profile is not None:
-        check_path(config.profile)
 
 
 def _check_budget(model: ModelConfig, config: SparseSpecConfig) -> None:

@@ -26,6 +26,7 @@ from sglang_sparsespec.adapter.adaptive import RoundSteps, StepPlan
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
+from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.adapter.memory import identity, model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.moves import RequestState
@@ -135,14 +136,16 @@ class SparseSpecWorker(BaseSpecWorker):
             seed=server_args.random_seed,
             device=self.device,
         )
-        self._num_ranks = ps.tp_size
+        self._host_ranks = HostRanks()
+        if ps.tp_size > 1:
+            self._host_ranks = HostRanks(get_tp_group().cpu_group, ps.tp_rank, ps.tp_size)
         self._offload_metrics = None
         if self.config.host_memory_gb > 0:
-            self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=ps.tp_rank == 0)
+            self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=self._host_ranks.leads)
         self._metrics = RoundMetrics(
             server_args,
             self.config.num_steps,
-            is_reporting_rank=ps.tp_rank == 0,
+            is_reporting_rank=self._host_ranks.leads,
             is_fused=self.config.verify_attention == "fused",
             on_report=None if self._offload_metrics is None else self._offload_metrics.report,
         )
@@ -154,7 +157,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self._unified: UnifiedRounds | None = None
         self._kept: KeptDrafts | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
-        self._steps = RoundSteps(self.config, self._identity())
+        self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks)
         self._metrics.watch(lambda: self._steps.status)
 
     # The round
@@ -650,7 +653,7 @@ class SparseSpecWorker(BaseSpecWorker):
             logits_dtype=self._logits_dtype,
             device=torch.device(self.device, self._gpu_id),
         )
-        return model_shape(model, self._num_ranks), rounds
+        return model_shape(model, self._host_ranks.size), rounds
 
     def _report_memory(self) -> None:
         # what was reserved before the pool was sized is at least this: the pool may have become smaller
@@ -672,12 +675,14 @@ class SparseSpecWorker(BaseSpecWorker):
 
         patches.install_offloader(
             Offloader(
-                num_bytes=int(self.config.host_memory_gb * 1e9),
+                # a total for the server, which its ranks share
+                num_bytes=int(self.config.host_memory_gb * 1e9) // self._host_ranks.size,
                 tokens_per_round=self.config.num_draft_tokens,
                 model_runner=self._model_runner,
                 server_args=self._server_args,
                 state=RequestState(save=save, load=load, forget=self.prepare_for_kv_cache_release),
                 metrics=self._offload_metrics,
+                ranks=self._host_ranks,
             )
         )
 
@@ -698,7 +703,8 @@ class SparseSpecWorker(BaseSpecWorker):
     def _identity(self) -> dict[str, str]:
         """What a profile of round times holds for."""
         backend = str(self._server_args.attention_backend)
-        return identity(self._model_runner.model_config, self.config, backend, torch.device(self.device, self._gpu_id))
+        device = torch.device(self.device, self._gpu_id)
+        return identity(self._model_runner.model_config, self.config, backend, device, self._host_ranks.size)
 
     def clear_cache_pool(self) -> None:
         """SGLang flushed its cache: nothing runs, so nothing of ours is in use."""

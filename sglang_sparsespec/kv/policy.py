@@ -31,7 +31,8 @@ class Seniority(NamedTuple):
     rank: int
     """0 where priorities are off; otherwise smaller for requests that the host prefers."""
     arrival: float
-    """Any clock that all requests share."""
+    """Any clock that all requests share and that no two of them read alike; each rank has its own, and as ranks make
+    requests one after another in the same order, the order is the same on every rank."""
     rid: str
     """Breaks ties, the same way on every rank."""
 

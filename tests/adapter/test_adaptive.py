@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
+from tests.support.rank_threads import Meeting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,10 +156,69 @@ def test_a_profile_that_cannot_be_written_is_said_once(tmp_path: Path, caplog: p
     assert caplog.text.count("cannot be written any more") == 1
 
 
-def test_adaptive_on_several_ranks_is_refused(server_args: Callable[..., Any]) -> None:
-    """Each rank has its own clock; ranks that disagree on k hang in the next collective."""
-    with pytest.raises(ConfigError, match=r"^--sparsespec-adaptive is True; it must be left out with --tp-size 2\. "):
-        server_args(sparsespec_adaptive=True, tp_size=2)
+@pytest.mark.parametrize("is_adaptive", [True, False], ids=["adaptive", "fixed"])
+def test_ranks_with_clocks_of_their_own_make_the_same_rounds(tmp_path: Path, is_adaptive: bool) -> None:
+    """Ranks that disagree on k hang in the next collective; and a fixed k is nothing to talk about."""
+    import random
+
+    from sglang_sparsespec.adapter.adaptive import SAVE_EVERY_S, RoundSteps, StepPlan
+
+    path = tmp_path / "rounds.json"
+    config = SparseSpecConfig(adaptive=is_adaptive, profile=str(path) if is_adaptive else None)
+
+    def work(ranks: HostRanks) -> tuple[list[StepPlan], bool]:
+        outcomes, clock = random.Random(1), Clock()
+        times = random.Random(ranks.rank)
+        steps = RoundSteps(config, {"card": "H100"}, clock, ranks)
+        plans = []
+        for pool in range(300):
+            limits = [None, outcomes.choice([None, 0, 3])]
+            plans.append(steps.next_round(requests(*limits), 1000 + pool))
+            # drafting pays by one clock and not by the other
+            clock.now += 0.01 * times.uniform(0.9, 1.1) * (1 + plans[-1].num_steps * (0.01 + ranks.rank))
+            steps.verified([min(limit, outcomes.randint(0, 8)) for limit in (plans[-1].limits or [8, 8])])
+        # whoever writes it, writes it now
+        clock.now += 2 * SAVE_EVERY_S
+        (tmp_path / f"knows-{ranks.rank}").write_text(str(steps.status is not None))
+        steps.next_round(requests(None), 1)
+        path.unlink(missing_ok=True)
+        ranks.least("both are here", 0)
+        if not ranks.leads:
+            steps.verified([1])
+        ranks.least("the other had its chance", 0)
+        early = path.exists()
+        ranks.least("and has looked", 0)
+        if ranks.leads:
+            steps.verified([1])
+        return plans, early
+
+    meeting = Meeting(2)
+    (plans, early), (others, _) = meeting.run(work)
+    assert plans == others
+    assert not early, "rank 0 alone writes"
+    assert path.exists() == is_adaptive
+    assert meeting.calls.count("rank 0") == (301 if is_adaptive else 0)
+    assert len({plan.num_steps for plan in plans}) >= (3 if is_adaptive else 1)
+    assert [(tmp_path / f"knows-{rank}").read_text() for rank in range(2)] == [str(is_adaptive), "False"]
+
+
+def test_every_rank_says_that_k_is_chosen() -> None:
+    """A rank without a controller that calls itself fixed."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    for config, is_adaptive in ((SparseSpecConfig(adaptive=True), True), (SparseSpecConfig(), False)):
+        shown = RoundSteps(config, ranks=HostRanks(None, rank=1, size=2)).describe()
+        assert shown == {"adaptive": is_adaptive, "num_steps": 8}
+
+
+@pytest.mark.parametrize("tp_size", [2, 4, 8])
+def test_adaptive_on_several_ranks_is_served(
+    server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tp_size: int
+) -> None:
+    """An option that its check still refuses."""
+    # the resolution sets it where it is missing
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "all|all")
+    assert server_args(sparsespec_adaptive=True, tp_size=tp_size).sparsespec_config.adaptive
 
 
 def test_a_bad_profile_is_refused_before_anything_is_loaded(server_args: Callable[..., Any], tmp_path: Path) -> None:
@@ -181,6 +242,9 @@ def test_the_identity_names_what_rounds_cost_by(server_args: Callable[..., Any])
     config = SparseSpecConfig(selection="window", num_steps=4, verify_attention="backend")
     other = identity(model, config, "triton", cpu)
     assert {name for name in base if base[name] != other[name]} == {"selection", "num_steps", "attention_backend"}
+    # shapes are of the whole model; what differs is what a rank has of it
+    two = identity(model, args.sparsespec_config, "torch_native", cpu, num_ranks=2)
+    assert {name: value for name, value in two.items() if base[name] != value} == {"num_ranks": "2"}
 
 
 def test_server_info_shows_what_was_decided() -> None:

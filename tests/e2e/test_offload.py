@@ -18,6 +18,7 @@ import requests
 from tests.e2e.conftest import TINY_ENV
 from tests.support import pressure
 from tests.support.parity import Verdict, compare_greedy
+from tests.support.pressure import assert_nothing_is_left, metric, not_penalised
 from tests.support.server import Server
 from tests.support.workload import assert_equal_logprobs, assert_greedy_parity
 
@@ -81,20 +82,6 @@ def payloads_for(name: str, exchanges: Sequence[Exchange]) -> list[Payload]:
     return [{**exchange.payload, "priority": 10 * (i % 3)} for i, exchange in enumerate(exchanges)]
 
 
-def not_penalised(exchanges: Sequence[Exchange]) -> list[Exchange]:
-    """For tests in which requests are retracted, too."""
-    return [exchange for exchange in exchanges if not pressure.is_penalised(exchange.payload)]
-
-
-def metric(server: Server, name: str) -> float:
-    """One of ours, after a report: the log interval is one round."""
-    server.generate({"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 12, "ignore_eos": True}})
-    text = requests.get(server.url + "/metrics", timeout=60).text
-    found = re.search(rf"^sglang:sparsespec_{name}\{{.*?\}} (\S+)$", text, flags=re.MULTILINE)
-    assert found, f"{name} is not in /metrics"
-    return float(found[1])
-
-
 def assert_answers(expected: Sequence[Exchange], outputs: Sequence[Response]) -> None:
     assert_greedy_parity(expected, outputs)
     identical = {
@@ -105,15 +92,6 @@ def assert_answers(expected: Sequence[Exchange], outputs: Sequence[Response]) ->
     assert len(identical) > 0.9 * len(expected)
     for index in identical:
         assert_equal_logprobs(expected[index].response, outputs[index], tol=1e-3)
-
-
-def assert_nothing_is_left(server: Server) -> None:
-    server.idle_check()
-    assert metric(server, "offloaded_requests") == 0
-    assert metric(server, "host_memory_bytes") == 0
-    server.idle_check()
-    server.flush_cache()
-    assert server.loads()["num_used_tokens"] == 0
 
 
 def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_record: list[Exchange]) -> None:

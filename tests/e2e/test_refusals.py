@@ -86,10 +86,6 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
             "add --sparsespec",
         ],
     ),
-    "adaptive_on_two_ranks": (
-        [*SPARSESPEC, "--sparsespec-adaptive", "--tp-size", "2"],
-        ["--sparsespec-adaptive is True; it must be left out with --tp-size 2.", "Leave it out"],
-    ),
     "stray_option": (
         ["--sparsespec-min-budget", "64"],
         ["--sparsespec-min-budget is 64; it must be left out without --speculative-algorithm SPARSESPEC.", "Add"],
@@ -99,6 +95,10 @@ ACCEPTED = {
     "defaults": SPARSESPEC,
     "matching_num_draft_tokens": [*SPARSESPEC, "--speculative-num-steps", "3", "--speculative-num-draft-tokens", "4"],
     "adaptive": [*SPARSESPEC, "--sparsespec-adaptive", "--speculative-num-steps", "6"],
+    "adaptive_and_host_memory_on_two_ranks": [
+        *SPARSESPEC,
+        *["--sparsespec-adaptive", "--sparsespec-host-memory-gb", "0.1", "--tp-size", "2"],
+    ],
     "torch_native": [*SPARSESPEC, "--attention-backend", "torch_native", "--page-size", "16"],
     "without_the_algorithm": [],
 }

@@ -18,7 +18,9 @@ K1 = 9
 class Machine:
     """As much of a scheduler as the offloader sees, around real pools; `run` puts requests on it as rounds would."""
 
-    def __init__(self, args: Any, *, is_radix: bool, host_blocks: int = 40, queues: Any = None) -> None:
+    def __init__(
+        self, args: Any, *, is_radix: bool, host_blocks: int = 40, queues: Any = None, ranks: Any = None
+    ) -> None:
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -93,6 +95,7 @@ class Machine:
             ),
             metrics=self.metrics,
             queues=queues,
+            ranks=ranks,
         )
         self._arrivals = itertools.count(1)
 

@@ -8,7 +8,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from tests.support.workload import Payload, Response, greedy, random_ids
+import requests
+
+from tests.support.workload import Exchange, Payload, Response, greedy, random_ids
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +59,31 @@ def load_over_pool() -> float:
     return MAX_RUNNING * sum(sizes) / len(sizes) / POOL_TOKENS
 
 
-def send(server: Server, requests: Sequence[Payload], concurrency: int) -> list[Response]:
+def not_penalised(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """For tests in which requests are retracted, too."""
+    return [exchange for exchange in exchanges if not is_penalised(exchange.payload)]
+
+
+def metric(server: Server, name: str) -> float:
+    """One of ours, after a report: the log interval is one round."""
+    server.generate({"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 12, "ignore_eos": True}})
+    text = requests.get(server.url + "/metrics", timeout=60).text
+    found = re.search(rf"^sglang:sparsespec_{name}\{{.*?\}} (\S+)$", text, flags=re.MULTILINE)
+    assert found, f"{name} is not in /metrics"
+    return float(found[1])
+
+
+def assert_nothing_is_left(server: Server) -> None:
+    """Neither slots nor host memory, once all requests have ended."""
+    server.idle_check()
+    assert metric(server, "offloaded_requests") == 0
+    assert metric(server, "host_memory_bytes") == 0
+    server.idle_check()
+    server.flush_cache()
+    assert server.loads()["num_used_tokens"] == 0
+
+
+def send(server: Server, payloads: Sequence[Payload], concurrency: int) -> list[Response]:
     """All requests in order, `concurrency` at a time; every eleventh as a stream, of which the last chunk counts."""
 
     def one(numbered: tuple[int, Payload]) -> Response:
@@ -70,7 +96,7 @@ def send(server: Server, requests: Sequence[Payload], concurrency: int) -> list[
         return chunks[-1]
 
     with ThreadPoolExecutor(concurrency) as pool:
-        return list(pool.map(one, enumerate(requests)))
+        return list(pool.map(one, enumerate(payloads)))
 
 
 class Doomed:

@@ -1,8 +1,8 @@
 """A server that changes k at random: `python -m tests.support.random_steps` takes the server's arguments.
 
 SPARSESPEC_TEST_STEPS="seed=1,every=3": after 1 to `every` rounds the next ones get another k, 0 to K, 0 and K more
-often than the rest. SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file. Schedulers import the main
-module again when they start, so they do alike.
+often than the rest. SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file; rank r of several, from 1 on,
+wants other k and appends to FILE-r. Schedulers import the main module again when they start, so they do alike.
 """
 
 from __future__ import annotations
@@ -13,13 +13,23 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 SETTINGS = "SPARSESPEC_TEST_STEPS"
 FILE = "SPARSESPEC_TEST_STEPS_FILE"
 
 
-def chosen(file: Path) -> list[int]:
+def chosen(file: Path, rank: int = 0) -> list[int]:
     """k of every round so far."""
-    return [int(line) for line in file.read_text().splitlines()]
+    return [int(line) for line in _file_of(file, rank).read_text().splitlines()]
+
+
+def _file_of(file: Path, rank: int) -> Path:
+    return file.with_name(f"{file.name}-{rank}") if rank else file
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def install(settings: str, file: Path) -> None:
@@ -27,7 +37,9 @@ def install(settings: str, file: Path) -> None:
     from sglang_sparsespec.adapter import adaptive
 
     given = dict(part.split("=") for part in settings.split(","))
-    rng = random.Random(int(given["seed"]))
+    # the worker is about to be made: ranks know that they are some
+    file = _file_of(file, _rank())
+    rng = random.Random(int(given["seed"]) + _rank())
     left, steps = 0, 0
 
     def wanted(self: Any, pool_tokens: int, limits: Any) -> Any:

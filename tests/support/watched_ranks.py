@@ -4,6 +4,8 @@ SPARSESPEC_TEST_RANKS=FOLDER: rank r appends a line to FOLDER/rank-r for every p
 what it holds afterwards, how often rank 0 overruled it on the way, and whether the batch was greedy. Every rank flips
 coins of its own here, as if cards did not agree. Schedulers import the main module again when they start, so they do
 alike.
+
+The settings of `faulty_offload` and `random_steps` count here as well.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from tests.support import faulty_offload, random_steps
 
 FOLDER = "SPARSESPEC_TEST_RANKS"
 
@@ -87,8 +91,13 @@ def install_late(folder: Path) -> None:
     spec_registry.CustomSpecAlgo.create_worker = create_watched
 
 
-if __name__ in ("__main__", "__mp_main__") and FOLDER in os.environ:
-    install_late(Path(os.environ[FOLDER]))
+if __name__ in ("__main__", "__mp_main__"):
+    if FOLDER in os.environ:
+        install_late(Path(os.environ[FOLDER]))
+    if faulty_offload.SETTINGS in os.environ:
+        faulty_offload.install(os.environ[faulty_offload.SETTINGS])
+    if random_steps.SETTINGS in os.environ:
+        random_steps.install_late(os.environ[random_steps.SETTINGS], Path(os.environ[random_steps.FILE]))
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")
