@@ -56,7 +56,8 @@ def identity(
     options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
-        **{name: str(value) for name, value in shape._asdict().items()},
+        # of a dense model nothing is said about experts
+        **{name: str(value) for name, value in shape._asdict().items() if value > 0},
         **{name: str(getattr(config, name)) for name in (*options, "draft_sampling", "schedule")},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -218,7 +218,7 @@ def test_the_worker_reserves_on_cuda_alone(server_args: Callable[..., Any]) -> N
     plan = plan_memory(*worker._shapes(7), left // 1000)
     assert min(plan.selection, plan.round, plan.moments) > 0
     assert left == GIB - plan.from_pool(0)
-    with pytest.raises(ConfigError, match="The KV pool, in tokens, is 0; it must be at least 126, two rounds of 7"):
+    with pytest.raises(ConfigError, match="The KV pool, in tokens, is 0; it must be at least 126, 2 rounds of 7"):
         worker._reserve(1000, 0, lambda num_bytes: num_bytes // 1000)
 
 
