@@ -64,6 +64,9 @@ class SparseSpecConfig:
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together. `unified`: each forward of a round holds
     drafts of most requests and verifies of some. Off until it has been measured on a GPU."""
+    ngram_assist: int = 0
+    """Guesses per draft forward and request, from what the request has said before; 0: none. Draft forwards check them
+    as the verify checks drafts, so that a round needs fewer. Off until it has been measured on a GPU."""
     host_memory_gb: float = 0.0
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
     SGLang retracts them instead."""
@@ -95,6 +98,14 @@ class SparseSpecConfig:
                 self.profile,
                 f"left out without {OPTION_PREFIX}adaptive",
                 f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
+            )
+        _check_range("ngram-assist", self.ngram_assist, 0, self.num_steps)
+        if self.ngram_assist > 0 and self.schedule != "lockstep":
+            raise ConfigError(
+                f"{OPTION_PREFIX}ngram-assist",
+                self.ngram_assist,
+                f"0 with {OPTION_PREFIX}schedule {self.schedule}",
+                "There every forward of a round has verifies of its own to make. Leave one of the two out.",
             )
         if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
             raise ConfigError(

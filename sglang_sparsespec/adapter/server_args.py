@@ -129,6 +129,14 @@ class SparseSpecServerArgs(ServerArgs):
             choices=list(cfg.SCHEDULES),
         ),
     ] = _DEFAULTS.schedule
+    sparsespec_ngram_assist: Annotated[
+        int,
+        _help(
+            "guesses per draft forward and request, from what the request has said before, 0 to "
+            "--speculative-num-steps; used where they come true often enough.",
+            _DEFAULTS.ngram_assist,
+        ),
+    ] = _DEFAULTS.ngram_assist
     sparsespec_host_memory_gb: Annotated[
         float | str,
         Arg(

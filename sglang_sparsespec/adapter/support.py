@@ -205,6 +205,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
     _check_schedule(config)
+    _check_ngram_assist(config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -242,6 +243,16 @@ def _check_verify_attention(config: SparseSpecConfig) -> None:
             "fused",
             f"auto or backend with --sparsespec-selection {config.selection}",
             "The fused kernel scores by all queries of a verify. Use --sparsespec-selection pillar, or backend.",
+        )
+
+
+def _check_ngram_assist(config: SparseSpecConfig) -> None:
+    if config.ngram_assist > 0 and not isinstance(POLICIES[config.selection](config), SelectionPolicy):
+        raise ConfigError(
+            "--sparsespec-ngram-assist",
+            config.ngram_assist,
+            f"0 with --sparsespec-selection {config.selection}",
+            "That policy selects anew for each token that is fed, one at a time. Leave it out, or use pillar.",
         )
 
 

@@ -386,6 +386,18 @@ def test_unified_needs_our_verify_and_selections_made_before(
     assert allowed in str(caught.value)
 
 
+def test_guesses_need_selections_made_before_and_rounds_in_lockstep(server_args: Callable[..., Any]) -> None:
+    """An option that is accepted and ignored, or one list for tokens that each select anew."""
+    for options, allowed in (
+        ({"sparsespec_selection": "quest"}, "0 with --sparsespec-selection quest"),
+        ({"sparsespec_schedule": "unified"}, "0 with --sparsespec-schedule unified"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            server_args(sparsespec_ngram_assist=2, **options)
+        assert_four_parts(caught.value, "--sparsespec-ngram-assist", 2)
+        assert allowed in str(caught.value)
+
+
 @pytest.mark.parametrize("selection", ["pillar", "window", "random"])
 def test_unified_takes_our_verify_on_a_cpu_as_well(server_args: Callable[..., Any], selection: str) -> None:
     """There `auto` means the backend otherwise."""
