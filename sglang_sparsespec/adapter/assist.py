@@ -86,6 +86,10 @@ class NgramAssist:
         """Of what is held here."""
         return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values() if torch.is_tensor(tensor))
 
+    def describe(self) -> dict[str, Any]:
+        """For /server_info."""
+        return {"guesses": self._width - 1, "drafts_per_forward": round(self.pace.drafts_per_forward, 3)}
+
     # What a request has said
 
     def start(self, reqs: Sequence[Req]) -> None:

@@ -733,7 +733,10 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def describe_rounds(self) -> dict[str, Any]:
         """For /server_info (patches/server_info.py)."""
-        return self._steps.describe()
+        described = self._steps.describe()
+        if self._assist is not None:
+            described["ngram_assist"] = self._assist.describe()
+        return described
 
     def _identity(self) -> dict[str, str]:
         """What a profile of round times holds for."""

@@ -215,7 +215,7 @@ def test_guesses_are_used_where_they_come_true() -> None:
     host.draft([text(0, 30)], K)
     # six drafts from two forwards
     assert host.assist.num_forwards(K) == 2
-    assert host.assist.pace.drafts_per_forward == 3.0
+    assert host.assist.describe() == {"guesses": M, "drafts_per_forward": 3.0}
     for _ in range(60):
         host.draft([[7, 5, 30]], 2)
         host.assist.num_forwards(K)
