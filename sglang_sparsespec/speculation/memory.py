@@ -173,7 +173,7 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
         # what forwards keep they share, and the widest comes first
         graphs=_num_forwards(rounds) * len(rounds.batch_sizes) * GRAPH_BYTES,
-        moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
+        moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture, _lookup_bytes(rounds)),
     )
 
 
@@ -198,6 +198,11 @@ def _guess_bytes(rounds: RoundShape) -> int:
         return 0
     history = 4 * (rounds.max_reqs + 1) * (rounds.context_len + 4 * rounds.width + PAGE_TABLE_MARGIN)
     return history + rounds.max_reqs * (rounds.num_guesses + 1) * (4 * 8 + 4)
+
+
+def _lookup_bytes(rounds: RoundShape) -> int:
+    """Of an n-gram lookup over all text: tokens, three masks, and match lengths while they are ranked."""
+    return (4 + 3 + 3 * 8) * rounds.max_reqs * rounds.context_len if rounds.num_guesses else 0
 
 
 def fit_pool(
