@@ -103,5 +103,5 @@ def round_shape(
         num_sms=num_multiprocessors(device),
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
         num_guesses=config.ngram_assist,
-        is_unified=config.schedule == "unified",
+        is_unified=config.has_unified,
     )

@@ -257,19 +257,19 @@ def _check_ngram_assist(config: SparseSpecConfig) -> None:
 
 
 def _check_schedule(config: SparseSpecConfig) -> None:
-    if config.schedule != "unified":
+    if not config.has_unified:
         return
     if not isinstance(POLICIES[config.selection](config), SelectionPolicy):
         raise ConfigError(
             "--sparsespec-schedule",
-            "unified",
+            config.schedule,
             f"lockstep with --sparsespec-selection {config.selection}",
             "Drafts beside verifies read selections that were made before. Use pillar, window or random, or lockstep.",
         )
     if config.verify_attention != "fused":
         raise ConfigError(
             "--sparsespec-schedule",
-            "unified",
+            config.schedule,
             f"lockstep with --sparsespec-verify-attention {config.verify_attention}, --sparsespec-selection "
             f"{config.selection}",
             "Only our own kernel verifies some requests of a forward. Use --sparsespec-verify-attention fused with a "

@@ -190,14 +190,19 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
-        run = self._run_lockstep
-        if self._unified is not None:
-            if self._can_fuse(plan) and self._unified.takes(batch, plan):
-                run = self._run_unified
-            else:
-                self._unified.forget()
+        is_unified = self._runs_unified(batch, plan)
+        self._steps.runs("unified" if is_unified else "lockstep")
+        run = self._run_unified if is_unified else self._run_lockstep
         acceptance, logits_output = run(batch, plan)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
+
+    def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
+        if self._unified is None:
+            return False
+        if plan.steps.schedule == "unified" and self._can_fuse(plan) and self._unified.takes(batch, plan):
+            return True
+        self._unified.forget()
+        return False
 
     def _run_lockstep(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
         """All draft together, then all verify together."""
@@ -621,7 +626,7 @@ class SparseSpecWorker(BaseSpecWorker):
             )
             for steps in reversed(self.config.step_choices)
         }
-        if self.config.schedule == "unified":
+        if self.config.has_unified:
             self._unified = self._make_unified(max_reqs, batch_sizes)
         if self.config.ngram_assist > 0:
             self._assist = NgramAssist(

@@ -366,6 +366,7 @@ def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: 
     assert args.sparsespec_config is not None
 
 
+@pytest.mark.parametrize("schedule", ["unified", "auto"])
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [
@@ -377,12 +378,12 @@ def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: 
     ids=str,
 )
 def test_unified_needs_our_verify_and_selections_made_before(
-    server_args: Callable[..., Any], options: dict[str, str], allowed: str
+    server_args: Callable[..., Any], options: dict[str, str], allowed: str, schedule: str
 ) -> None:
     """A schedule that runs as the other one without a word, or a policy that selects from half a verify."""
     with pytest.raises(ConfigError) as caught:
-        server_args(sparsespec_schedule="unified", **{f"sparsespec_{name}": value for name, value in options.items()})
-    assert_four_parts(caught.value, "--sparsespec-schedule", "unified")
+        server_args(sparsespec_schedule=schedule, **{f"sparsespec_{name}": value for name, value in options.items()})
+    assert_four_parts(caught.value, "--sparsespec-schedule", schedule)
     assert allowed in str(caught.value)
 
 
