@@ -253,14 +253,15 @@ def test_ranks_run_rank_0s_schedule() -> None:
     class Told(HostRanks):
         def _broadcast(self, value: int) -> int:
             told.append(value)
-            return 1
+            return 0
 
     steps = RoundSteps(SparseSpecConfig(schedule="auto"), ranks=Told(None, rank=1, size=2))
-    assert steps.next_round(requests(None), 100).schedule == "unified"
-    assert told == [0]
+    # its own first trial would begin now
+    assert steps.next_round(requests(None), 100).schedule == "lockstep"
+    assert told == [1]
     fixed = RoundSteps(SparseSpecConfig(schedule="unified"), ranks=Told(None, rank=1, size=2))
     assert fixed.next_round(requests(None), 100).schedule == "unified"
-    assert told == [0]
+    assert told == [1]
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
