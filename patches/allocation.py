@@ -31,7 +31,7 @@ def reserve_held_drafts(original: Callable[[ServerArgs | None], int], server_arg
     # [n, n + k]      the round in flight, of which the host does not know yet how much it commits
     # [.., .. + k]    what the next one verifies
     # [.., .. + k)    and what it drafts behind that
-    if config is None or config.schedule == "lockstep":
+    if config is None or not config.has_unified:
         return reserve
     return reserve + config.num_draft_tokens
 
@@ -41,7 +41,7 @@ PATCHES = (
         target="sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode",
         why="A unified round drafts behind its verify, so it writes up to k tokens further than it verifies; SGLang "
         "reserves for what a round verifies, twice.",
-        how="Adds k + 1 tokens to the reserve, with --sparsespec-schedule unified only.",
+        how="Adds k + 1 tokens to the reserve, with --sparsespec-schedule unified or auto only.",
         upstream="None: SGLang's own algorithms never write past what they verify.",
         remove_when="SGLang asks the algorithm how many tokens a decode step may write.",
         scope="sparsespec",

@@ -17,7 +17,7 @@ GRANULARITIES: Final = ("token", "4", "8", "16")
 SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
 VERIFY_ATTENTIONS: Final = ("auto", "backend", "fused")
-SCHEDULES: Final = ("lockstep", "unified")
+SCHEDULES: Final = ("lockstep", "unified", "auto")
 
 # docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
 DEFAULT_RECENT_WINDOW: Final = 32
@@ -63,7 +63,11 @@ class SparseSpecConfig:
     """File with what an adaptive server has learnt: read at start if there is one, written while it serves."""
     schedule: str = "lockstep"
     """`lockstep`: all running requests draft together, then verify together. `unified`: each forward of a round holds
-    drafts of most requests and verifies of some. Off until it has been measured on a GPU."""
+    drafts of most requests and verifies of some. `auto`: whichever is faster in trials while the server runs. Lockstep
+    until both have been measured on a GPU."""
+    ngram_assist: int = 0
+    """Guesses per draft forward and request, from what the request has said before; 0: none. Draft forwards check them
+    as the verify checks drafts, so that a round needs fewer. Off until it has been measured on a GPU."""
     host_memory_gb: float = 0.0
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
     SGLang retracts them instead."""
@@ -96,6 +100,14 @@ class SparseSpecConfig:
                 f"left out without {OPTION_PREFIX}adaptive",
                 f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
             )
+        _check_range("ngram-assist", self.ngram_assist, 0, self.num_steps)
+        if self.ngram_assist > 0 and self.has_unified:
+            raise ConfigError(
+                f"{OPTION_PREFIX}ngram-assist",
+                self.ngram_assist,
+                f"0 with {OPTION_PREFIX}schedule {self.schedule}",
+                "There every forward of a round has verifies of its own to make. Leave one of the two out.",
+            )
         if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
@@ -116,6 +128,11 @@ class SparseSpecConfig:
     def block_size(self) -> int:
         """Positions per selected unit."""
         return 1 if self.granularity == "token" else int(self.granularity)
+
+    @property
+    def has_unified(self) -> bool:
+        """Whether rounds may run by the unified schedule."""
+        return self.schedule != "lockstep"
 
     @property
     def num_draft_tokens(self) -> int:

@@ -20,9 +20,11 @@ import torch
 
 from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.config import SCHEDULES
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
 from sglang_sparsespec.speculation.controller import Controller, Round, Status
+from sglang_sparsespec.speculation.schedule_choice import ScheduleChoice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,6 +47,8 @@ class StepPlan(NamedTuple):
     """k; 0 is a plain decode."""
     limits: list[int] | None
     """Drafts of each request that may stand, at most k; None: all k of all requests."""
+    schedule: str = "lockstep"
+    """That is wanted; a round that the unified one does not take runs in lockstep."""
 
     def limits_on(self, device: str) -> torch.Tensor | None:
         """[num_reqs], int64; the copy does not wait for the device."""
@@ -53,8 +57,17 @@ class StepPlan(NamedTuple):
         return to_device(torch.tensor(self.limits, dtype=torch.int64), device)
 
 
+class _InFlight(NamedTuple):
+    """A round whose results have not arrived."""
+
+    round: Round
+    is_steady: bool
+    """Whether nothing else ran before it."""
+    schedule: str
+
+
 class RoundSteps:
-    """Chooses k, round by round. Every part of a round takes any k from 0, plain decoding, to `max_steps`.
+    """Chooses k and the schedule, round by round. A round takes any k from 0, plain decoding, to `max_steps`.
 
     Args:
         config: of the server.
@@ -83,7 +96,9 @@ class RoundSteps:
         if self.controller is not None and self._profile is not None:
             self.is_warm = profile.load(self._profile, self._identity, self.controller)
         self._clock = clock
-        self._in_flight: deque[tuple[Round, bool]] = deque()
+        self._schedule = config.schedule
+        self._choice = ScheduleChoice(("lockstep", "unified")) if self._schedule == "auto" else None
+        self._in_flight: deque[_InFlight] = deque()
         self._is_steady = False
         self._arrived: float | None = None
         self._saved = clock()
@@ -94,12 +109,24 @@ class RoundSteps:
         Every rank calls this once for every round, before its first forward.
         """
         chosen = self._agreed(pool_tokens, [self.limit_of(req) for req in reqs])
-        self._in_flight.append((chosen, self._is_steady))
+        schedule = self._agreed_schedule(len(reqs), pool_tokens)
+        self._in_flight.append(_InFlight(chosen, self._is_steady, schedule))
         self._is_steady = True
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft()
         is_limited = min(chosen.allowed) < chosen.num_steps
-        return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None)
+        return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None, schedule)
+
+    def runs(self, schedule: str) -> None:
+        """The round that was planned last runs by this schedule."""
+        self._in_flight[-1] = self._in_flight[-1]._replace(schedule=schedule)
+
+    def _agreed_schedule(self, num_reqs: int, pool_tokens: int) -> str:
+        """Rank 0's choice, as with k; every rank gets here once a round."""
+        if self._choice is None:
+            return self._schedule
+        chosen = SCHEDULES.index(self._choice.choose(num_reqs, pool_tokens))
+        return SCHEDULES[self._ranks.of_rank_0(chosen)]
 
     def _agreed(self, pool_tokens: int, limits: Sequence[int]) -> Round:
         """The same on every rank: requests and limits are, and k is rank 0's."""
@@ -130,14 +157,19 @@ class RoundSteps:
         """Results of the oldest round in flight have arrived on the host."""
         arrived, before = self._clock(), self._arrived
         self._arrived = arrived
-        if self.controller is None or not self._in_flight:
+        if not self._in_flight:
             return
-        done, is_steady = self._in_flight.popleft()
+        done, is_steady, schedule = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
             return
         round_ms = 1e3 * (arrived - before) if is_steady and before is not None else None
+        if self._choice is not None:
+            # a round of another k is no measure of either
+            self._choice.observe(schedule, round_ms if done.num_steps == self.max_steps else None)
+        if self.controller is None:
+            return
         self.controller.observe(done, num_correct, round_ms)
         if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
             self._saved = arrived
@@ -158,9 +190,13 @@ class RoundSteps:
 
     def describe(self) -> dict[str, Any]:
         """For /server_info."""
+        schedule: dict[str, Any] = {"schedule": self._schedule}
+        if self._choice is not None:
+            now = {"now": self._choice.current, "reason": self._choice.reason}
+            schedule |= {"auto": {**now, "round_ms": {k: round(ms, 3) for k, ms in self._choice.round_ms.items()}}}
         if self.controller is None:
-            return {"adaptive": self._is_adaptive, "num_steps": self.max_steps}
-        return {"adaptive": True, **profile.describe(self.controller)}
+            return {"adaptive": self._is_adaptive, "num_steps": self.max_steps, **schedule}
+        return {"adaptive": True, **profile.describe(self.controller), **schedule}
 
 
 def round_of(num_steps: int, pool_tokens: int, limits: Sequence[int]) -> Round:

@@ -292,7 +292,7 @@ class SparseSpecAttnBackend:
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         options = {"scale": layer.scaling, "logit_cap": layer.logit_cap}
         slots, lens = self.draft_kv.layer_kv(layer.layer_id, queries, k_cache, **options)
-        out = sparse_decode(queries, k_cache, v_cache, slots, lens, **options)
+        out = sparse_decode(queries, k_cache, v_cache, slots, lens, kv_rows=self.draft_kv.places, **options)
         return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _forward_mixed(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:

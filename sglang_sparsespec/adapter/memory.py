@@ -58,7 +58,7 @@ def identity(
         "architecture": " ".join(model.hf_config.architectures or ()),
         # of a dense model nothing is said about experts
         **{name: str(value) for name, value in shape._asdict().items() if value > 0},
-        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling", "schedule")},
+        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling", "schedule", "ngram_assist")},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
@@ -102,5 +102,6 @@ def round_shape(
         logits_bytes=logits_dtype.itemsize,
         num_sms=num_multiprocessors(device),
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
-        is_unified=config.schedule == "unified",
+        num_guesses=config.ngram_assist,
+        is_unified=config.has_unified,
     )

@@ -96,6 +96,8 @@ class Drafts:
         """[num_reqs, num_steps], float32, what each was sampled with; None: argmax drafts."""
         self.logits: torch.Tensor | None = None
         """[num_reqs, num_steps, vocab_size], in the model's dtype, what each was sampled from; None: argmax drafts."""
+        self.counts: torch.Tensor | None = None
+        """[num_reqs], int64, how many of them there are; None: all. The others may be verified, and do not stand."""
 
     def keep(self, step: int, logits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Keep [num_reqs, vocab_size] logits of a step as `dtype`, and return them as they are kept."""
@@ -109,6 +111,25 @@ class Drafts:
                 self.probs = torch.empty(self.tokens.shape, dtype=torch.float32, device=logits.device)
         self.logits[:, step] = logits
         return self.logits[:, step]
+
+    def keep_some(self, steps: torch.Tensor, logits: torch.Tensor, probs: torch.Tensor) -> None:
+        """Keep what some drafts of each request were sampled from.
+
+        Args:
+            steps: [num_reqs, n], int64, which drafts they are; num_steps: none of them.
+            logits: [num_reqs, n, vocab_size].
+            probs: [num_reqs, n], float32.
+        """
+        num_reqs, num_steps = self.tokens.shape
+        if self.logits is None or self.probs is None:
+            # drafts that are never made are read where a request has fewer than others: nothing there is NaN
+            self.logits = logits.new_zeros((num_reqs, num_steps, logits.shape[-1]))
+            self.probs = torch.ones((num_reqs, num_steps), dtype=torch.float32, device=logits.device)
+        reqs = torch.arange(num_reqs, device=logits.device)
+        for i in range(steps.shape[1]):
+            at, is_one = steps[:, i].clamp(max=num_steps - 1), steps[:, i] < num_steps
+            self.logits[reqs, at] = torch.where(is_one[:, None], logits[:, i], self.logits[reqs, at])
+            self.probs[reqs, at] = torch.where(is_one, probs[:, i], self.probs[reqs, at])
 
 
 class RoundSampler:

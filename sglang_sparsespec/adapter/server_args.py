@@ -123,12 +123,20 @@ class SparseSpecServerArgs(ServerArgs):
         Arg(
             help=_help(
                 "lockstep: all requests draft together, then verify together; unified: in every forward some verify "
-                "while the others draft.",
+                "while the others draft; auto: whichever is faster in trials while the server runs.",
                 _DEFAULTS.schedule,
             ),
             choices=list(cfg.SCHEDULES),
         ),
     ] = _DEFAULTS.schedule
+    sparsespec_ngram_assist: Annotated[
+        int,
+        _help(
+            "guesses per draft forward and request, from what the request has said before, 0 to "
+            "--speculative-num-steps; used where they come true often enough.",
+            _DEFAULTS.ngram_assist,
+        ),
+    ] = _DEFAULTS.ngram_assist
     sparsespec_host_memory_gb: Annotated[
         float | str,
         Arg(
@@ -242,7 +250,7 @@ def choose_verify_attention(config: SparseSpecConfig, device: str) -> SparseSpec
     """Resolve `auto`; anything else is the user's."""
     if config.verify_attention != "auto":
         return config
-    is_fused = (device != "cpu" or config.schedule == "unified") and can_fuse(config)
+    is_fused = (device != "cpu" or config.has_unified) and can_fuse(config)
     return dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
 
 

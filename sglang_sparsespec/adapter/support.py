@@ -205,6 +205,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_budget(server_args.get_model_config(), config)
     _check_verify_attention(config)
     _check_schedule(config)
+    _check_ngram_assist(config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -245,20 +246,30 @@ def _check_verify_attention(config: SparseSpecConfig) -> None:
         )
 
 
+def _check_ngram_assist(config: SparseSpecConfig) -> None:
+    if config.ngram_assist > 0 and not isinstance(POLICIES[config.selection](config), SelectionPolicy):
+        raise ConfigError(
+            "--sparsespec-ngram-assist",
+            config.ngram_assist,
+            f"0 with --sparsespec-selection {config.selection}",
+            "That policy selects anew for each token that is fed, one at a time. Leave it out, or use pillar.",
+        )
+
+
 def _check_schedule(config: SparseSpecConfig) -> None:
-    if config.schedule != "unified":
+    if not config.has_unified:
         return
     if not isinstance(POLICIES[config.selection](config), SelectionPolicy):
         raise ConfigError(
             "--sparsespec-schedule",
-            "unified",
+            config.schedule,
             f"lockstep with --sparsespec-selection {config.selection}",
             "Drafts beside verifies read selections that were made before. Use pillar, window or random, or lockstep.",
         )
     if config.verify_attention != "fused":
         raise ConfigError(
             "--sparsespec-schedule",
-            "unified",
+            config.schedule,
             f"lockstep with --sparsespec-verify-attention {config.verify_attention}, --sparsespec-selection "
             f"{config.selection}",
             "Only our own kernel verifies some requests of a forward. Use --sparsespec-verify-attention fused with a "

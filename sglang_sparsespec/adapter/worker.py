@@ -23,6 +23,7 @@ from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_m
 
 import sglang_sparsespec.patches as patches
 from sglang_sparsespec.adapter.adaptive import RoundSteps, StepPlan
+from sglang_sparsespec.adapter.assist import NgramAssist
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
@@ -155,6 +156,7 @@ class SparseSpecWorker(BaseSpecWorker):
         patches.install_reserve(self._reserve if self.device == "cuda" else None)
         self._step_kv: StepDraftKV | None = None
         self._unified: UnifiedRounds | None = None
+        self._assist: NgramAssist | None = None
         self._kept: KeptDrafts | None = None
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
         self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks)
@@ -181,26 +183,36 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish(result.new_seq_lens)
         result.next_draft_input = SparseSpecDraftInput(bonus_tokens=result.next_token_ids)
         self._penalties.start(batch, result.next_token_ids)
+        if self._assist is not None:
+            self._assist.start(batch.reqs)
         return result
 
     def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
-        run = self._run_lockstep
-        if self._unified is not None:
-            if self._can_fuse(plan) and self._unified.takes(batch, plan):
-                run = self._run_unified
-            else:
-                self._unified.forget()
+        is_unified = self._runs_unified(batch, plan)
+        self._steps.runs("unified" if is_unified else "lockstep")
+        run = self._run_unified if is_unified else self._run_lockstep
         acceptance, logits_output = run(batch, plan)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
+
+    def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
+        if self._unified is None:
+            return False
+        if plan.steps.schedule == "unified" and self._can_fuse(plan) and self._unified.takes(batch, plan):
+            return True
+        self._unified.forget()
+        return False
 
     def _run_lockstep(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
         """All draft together, then all verify together."""
         drafts = self._draft(batch, plan)
         logits_output = self._verify(batch, plan, drafts)
+        limits = plan.steps.limits_on(self.device)
+        if drafts.counts is not None:
+            limits = drafts.counts if limits is None else torch.minimum(limits, drafts.counts)
         acceptance = self._sampler.accept(
-            logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule, plan.steps.limits_on(self.device)
+            logits_output.next_token_logits, drafts, batch.sampling_info, plan.rule, limits
         )
         return self._ranks.agree_on_acceptance(acceptance), logits_output
 
@@ -244,6 +256,10 @@ class SparseSpecWorker(BaseSpecWorker):
         num_reqs = plan.rows.shape[0]
         drafts = Drafts(num_reqs, plan.steps.num_steps, self.device, self._kept)
         current = batch.spec_info.bonus_tokens.long()
+        if self._assist is not None and self._assist.takes(batch, plan):
+            num_forwards = self._assist.num_forwards(plan.steps.num_steps)
+            if num_forwards > 0:
+                return self._draft_with_guesses(batch, plan, drafts, num_forwards)
         for step in range(plan.steps.num_steps):
             self._begin_step(step, current, plan.batch_size)
             logits = self._draft_step(plan.batch_size)[:num_reqs]
@@ -251,6 +267,13 @@ class SparseSpecWorker(BaseSpecWorker):
         if plan.steps.num_steps > 0:
             # once for all steps: the verify writes the KV of drafts again; what they were drafted from need not agree
             drafts.tokens = self._ranks.agree(drafts.tokens)
+        return drafts
+
+    def _draft_with_guesses(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts, num_forwards: int) -> Drafts:
+        assert self._assist is not None
+        counts = self._assist.draft(batch, plan, drafts, batch.spec_info.bonus_tokens.long(), num_forwards)
+        agreed = self._ranks.agree(torch.cat([drafts.tokens, counts[:, None]], dim=1))
+        drafts.tokens, drafts.counts = agreed[:, :-1], agreed[:, -1]
         return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
@@ -461,6 +484,8 @@ class SparseSpecWorker(BaseSpecWorker):
         new_seq_lens = plan.committed_lens + acceptance.accept_lens
         if plan.penalised is not None:
             self._penalties.append(plan.penalised, acceptance)
+        if self._assist is not None:
+            self._assist.commit(plan, acceptance)
         if on_publish is not None:
             on_publish(new_seq_lens)
         predicted = acceptance.accept_tokens.to(torch.int32).flatten()
@@ -514,6 +539,8 @@ class SparseSpecWorker(BaseSpecWorker):
             forwards += self._verify_forwards.values()
         if self._unified is not None:
             forwards.append(self._unified.forward)
+        if self._assist is not None:
+            forwards.append(self._assist.forward)
         return forwards
 
     @property
@@ -599,8 +626,19 @@ class SparseSpecWorker(BaseSpecWorker):
             )
             for steps in reversed(self.config.step_choices)
         }
-        if self.config.schedule == "unified":
+        if self.config.has_unified:
             self._unified = self._make_unified(max_reqs, batch_sizes)
+        if self.config.ngram_assist > 0:
+            self._assist = NgramAssist(
+                self.config.ngram_assist,
+                num_steps=self.config.num_steps,
+                page_table=self.req_to_token_pool.req_to_token,
+                static=self._static,
+                sampler=self._sampler,
+                batch_sizes=batch_sizes,
+                plan_drafts=self._backend.plan_drafts,
+                run_model=self.run_model,
+            )
 
     def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:
         req_to_token = self.req_to_token_pool.req_to_token
@@ -672,6 +710,8 @@ class SparseSpecWorker(BaseSpecWorker):
         def load(req: Req, selection: SavedSelection) -> None:
             self._store.load(req.req_pool_idx, selection)
             self._penalties.resume(req)
+            if self._assist is not None:
+                self._assist.start([req])
 
         patches.install_offloader(
             Offloader(
@@ -698,7 +738,10 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def describe_rounds(self) -> dict[str, Any]:
         """For /server_info (patches/server_info.py)."""
-        return self._steps.describe()
+        described = self._steps.describe()
+        if self._assist is not None:
+            described["ngram_assist"] = self._assist.describe()
+        return described
 
     def _identity(self) -> dict[str, str]:
         """What a profile of round times holds for."""

@@ -96,6 +96,11 @@ class StepDraftKV:
     num_drafted: int = 0
     prepared: dict[int, torch.Tensor | None] = dataclasses.field(default_factory=dict)
 
+    @property
+    def places(self) -> None:
+        """Each query has a selection of its own."""
+        return
+
     def advanced(self) -> StepDraftKV:
         """One more drafted token is visible."""
         return dataclasses.replace(self, num_drafted=self.num_drafted + 1)

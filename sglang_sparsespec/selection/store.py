@@ -25,6 +25,8 @@ class DraftKV(NamedTuple):
     """[num_layers, num_reqs, num_kv_heads or 1, width], int32. Garbage past the length of a step."""
     lens: torch.Tensor
     """[num_reqs], int32: entries that are visible. Before the first step those before the first drafted token."""
+    places: torch.Tensor | None = None
+    """[num_queries], integer: which of the lists each query reads, where `lens` are by query; None: its own."""
 
     def advanced(self) -> DraftKV:
         """One more drafted token is visible."""

@@ -34,6 +34,8 @@ ACCEPT_ELEMENT_BYTES = 38
 RANK_BYTES = 40
 # rows that an expert's own are padded to where the host's kernel sorts them by expert: its largest tile
 EXPERT_TILE_ROWS = 128
+# a row of the host's page table is longer than the context by what a decode step reserves, in whole pages; a bound
+PAGE_TABLE_MARGIN = 64
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
 ACTIVATION_SHARE = 0.5
@@ -85,6 +87,8 @@ class RoundShape(NamedTuple):
     """Multiprocessors of the device."""
     narrower: tuple[int, ...] = ()
     """Widths of a verify, in tokens of a request, that are captured beside k + 1."""
+    num_guesses: int = 0
+    """Of a draft forward and request; 0: none."""
     is_unified: bool = False
     """Whether mixed forwards are captured as well, and drafts are kept from round to round."""
 
@@ -162,13 +166,14 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         # slots, by row; rows, tokens, position and slot of a step; positions, slots and chain of a round; lengths
         round=(num_reqs + 1) * 4 * model.num_layers * num_lists * (budget + rounds.tail)
         + num_reqs * (8 * (4 + 3 * width) + 4 * 3)
-        + _unified_bytes(rounds),
+        + _unified_bytes(rounds)
+        + _guess_bytes(rounds),
         scores=_score_bytes(model, rounds, num_tokens),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
-        # of each size a draft, and a verify of each width; what forwards keep they share, and the widest comes first
-        graphs=(2 + rounds.is_unified + len(rounds.narrower)) * len(rounds.batch_sizes) * GRAPH_BYTES,
-        moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture),
+        # what forwards keep they share, and the widest comes first
+        graphs=_num_forwards(rounds) * len(rounds.batch_sizes) * GRAPH_BYTES,
+        moments=max(eager, _accept_bytes(model, rounds), _layout_bytes(model, rounds), capture, _lookup_bytes(rounds)),
     )
 
 
@@ -180,6 +185,24 @@ def _unified_bytes(rounds: RoundShape) -> int:
     load = load_of(rounds.max_reqs, rounds.num_steps)
     inputs = 2 * (load.draft_reqs + load.verify_reqs * (rounds.width + 1))
     return (rounds.max_reqs + 1) * (4 + 8 + 8 * rounds.width) + 8 * inputs
+
+
+def _num_forwards(rounds: RoundShape) -> int:
+    """Kinds of forwards that are captured at each size: a draft, a verify of each width, and what options add."""
+    return 2 + len(rounds.narrower) + rounds.is_unified + (rounds.num_guesses > 0)
+
+
+def _guess_bytes(rounds: RoundShape) -> int:
+    """Tokens by page-table row and position, and the inputs of a draft forward with guesses."""
+    if rounds.num_guesses == 0:
+        return 0
+    history = 4 * (rounds.max_reqs + 1) * (rounds.context_len + 4 * rounds.width + PAGE_TABLE_MARGIN)
+    return history + rounds.max_reqs * (rounds.num_guesses + 1) * (4 * 8 + 4)
+
+
+def _lookup_bytes(rounds: RoundShape) -> int:
+    """Of an n-gram lookup over all text: tokens, three masks, and match lengths while they are ranked."""
+    return (4 + 3 + 3 * 8) * rounds.max_reqs * rounds.context_len if rounds.num_guesses else 0
 
 
 def fit_pool(

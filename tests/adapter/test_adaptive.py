@@ -208,7 +208,60 @@ def test_every_rank_says_that_k_is_chosen() -> None:
 
     for config, is_adaptive in ((SparseSpecConfig(adaptive=True), True), (SparseSpecConfig(), False)):
         shown = RoundSteps(config, ranks=HostRanks(None, rank=1, size=2)).describe()
-        assert shown == {"adaptive": is_adaptive, "num_steps": 8}
+        assert shown == {"adaptive": is_adaptive, "num_steps": 8, "schedule": "lockstep"}
+
+
+def test_the_schedule_is_chosen_by_the_times_of_rounds_as_they_ran() -> None:
+    """Times of lockstep rounds that count as unified ones because that was wanted, and of rounds of another k."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    clock = Clock()
+    steps = RoundSteps(SparseSpecConfig(schedule="auto", num_steps=4), clock=clock)
+    ms = {"lockstep": 20, "unified": 15}
+    ran = []
+    for _ in range(200):
+        plan = steps.next_round(requests(None, None), 1000)
+        steps.runs(plan.schedule)
+        ran.append(plan.schedule)
+        clock.now += 1e-3 * ms[plan.schedule]
+        steps.verified([4, 4])
+    assert set(ran[-20:]) == {"unified"}
+    shown = steps.describe()
+    assert (shown["schedule"], shown["auto"]["now"]) == ("auto", "unified")
+    assert shown["auto"]["round_ms"] == {"lockstep": 20.0, "unified": 15.0}
+    # rounds that unified does not take, and a k that is not the server's
+    for limits, runs_as in (([None, None], "lockstep"), ([2, 2], None)):
+        steps = RoundSteps(SparseSpecConfig(schedule="auto", num_steps=4), clock=clock)
+        for _ in range(200):
+            plan = steps.next_round(requests(*limits), 1000)
+            steps.runs(runs_as or plan.schedule)
+            clock.now += 1e-3 * ms[plan.schedule]
+            steps.verified([2, 2])
+        assert steps.describe()["auto"] == {
+            "now": "lockstep",
+            "reason": "too few rounds could be timed",
+            "round_ms": {},
+        }
+
+
+def test_ranks_run_rank_0s_schedule() -> None:
+    """Ranks that run different forwards never meet again."""
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    told = []
+
+    class Told(HostRanks):
+        def _broadcast(self, value: int) -> int:
+            told.append(value)
+            return 0
+
+    steps = RoundSteps(SparseSpecConfig(schedule="auto"), ranks=Told(None, rank=1, size=2))
+    # its own first trial would begin now
+    assert steps.next_round(requests(None), 100).schedule == "lockstep"
+    assert told == [1]
+    fixed = RoundSteps(SparseSpecConfig(schedule="unified"), ranks=Told(None, rank=1, size=2))
+    assert fixed.next_round(requests(None), 100).schedule == "unified"
+    assert told == [1]
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
@@ -263,7 +316,11 @@ def test_server_info_shows_what_was_decided() -> None:
         shown: Any = add_decisions(lambda scheduler, request, output=output: output, scheduler, None)  # type: ignore[arg-type]
         assert shown.internal_state == expected
     assert steps.describe()["num_steps"] == 8
-    assert RoundSteps(SparseSpecConfig(num_steps=3)).describe() == {"adaptive": False, "num_steps": 3}
+    assert RoundSteps(SparseSpecConfig(num_steps=3)).describe() == {
+        "adaptive": False,
+        "num_steps": 3,
+        "schedule": "lockstep",
+    }
 
 
 def test_the_log_line_and_gauges_say_k_and_why(

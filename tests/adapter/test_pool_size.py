@@ -84,6 +84,37 @@ def test_unified_rounds_are_what_their_state_takes() -> None:
     assert plan_memory(MODEL, shape, 1000).round == static.num_bytes + state.num_bytes
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_guesses_are_what_their_memory_takes(server_args: Callable[..., Any], page_size: int) -> None:
+    """The page table is a little wider than the context: what is planned must not be less, and hardly more."""
+    from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
+
+    from sglang_sparsespec.adapter.assist import NgramAssist
+    from sglang_sparsespec.adapter.static_round import StaticRound
+
+    args = server_args(page_size=page_size, speculative_num_steps=3)
+    shape = rounds(num_guesses=2)
+    width = shape.context_len + get_req_to_token_extra_context_len(args)
+    static = StaticRound(
+        max_reqs=shape.max_reqs, num_draft_tokens=shape.width, store=store_of(shape), tail=shape.tail, device="cpu"
+    )
+    nothing: Any = None
+    assist = NgramAssist(
+        2,
+        num_steps=shape.num_steps,
+        page_table=torch.zeros(shape.max_reqs + 1, width, dtype=torch.int32),
+        static=static,
+        sampler=nothing,
+        batch_sizes=(),
+        plan_drafts=nothing,
+        run_model=nothing,
+    )
+    planned = plan_memory(MODEL, shape, 1000).round - static.num_bytes
+    assert assist.num_bytes <= planned <= 1.1 * assist.num_bytes
+    graphs = [plan_memory(MODEL, rounds(num_guesses=n), 1000).graphs for n in (0, 2)]
+    assert graphs[1] == graphs[0] * 3 // 2
+
+
 def test_the_page_table_has_one_row_more_than_requests() -> None:
     """The store has as many rows as the page table."""
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool

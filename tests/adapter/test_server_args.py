@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, Any] = {
     "adaptive": True,
     "profile": "no-such-profile.json",
     "schedule": "lockstep",
+    "ngram_assist": 3,
     "host_memory_gb": 0.25,
 }
 

@@ -366,6 +366,7 @@ def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: 
     assert args.sparsespec_config is not None
 
 
+@pytest.mark.parametrize("schedule", ["unified", "auto"])
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [
@@ -377,13 +378,25 @@ def test_plain_decoders_are_accepted(server_args: Callable[..., Any], tmp_path: 
     ids=str,
 )
 def test_unified_needs_our_verify_and_selections_made_before(
-    server_args: Callable[..., Any], options: dict[str, str], allowed: str
+    server_args: Callable[..., Any], options: dict[str, str], allowed: str, schedule: str
 ) -> None:
     """A schedule that runs as the other one without a word, or a policy that selects from half a verify."""
     with pytest.raises(ConfigError) as caught:
-        server_args(sparsespec_schedule="unified", **{f"sparsespec_{name}": value for name, value in options.items()})
-    assert_four_parts(caught.value, "--sparsespec-schedule", "unified")
+        server_args(sparsespec_schedule=schedule, **{f"sparsespec_{name}": value for name, value in options.items()})
+    assert_four_parts(caught.value, "--sparsespec-schedule", schedule)
     assert allowed in str(caught.value)
+
+
+def test_guesses_need_selections_made_before_and_rounds_in_lockstep(server_args: Callable[..., Any]) -> None:
+    """An option that is accepted and ignored, or one list for tokens that each select anew."""
+    for options, allowed in (
+        ({"sparsespec_selection": "quest"}, "0 with --sparsespec-selection quest"),
+        ({"sparsespec_schedule": "unified"}, "0 with --sparsespec-schedule unified"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            server_args(sparsespec_ngram_assist=2, **options)
+        assert_four_parts(caught.value, "--sparsespec-ngram-assist", 2)
+        assert allowed in str(caught.value)
 
 
 @pytest.mark.parametrize("selection", ["pillar", "window", "random"])

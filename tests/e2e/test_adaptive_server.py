@@ -1,4 +1,4 @@
-"""A server that chooses k for itself: same answers, and everybody can see what it chose and why."""
+"""A server that chooses k and the schedule for itself: same answers, and everybody can see what it chose and why."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 OURS = "--speculative-algorithm SPARSESPEC --sparsespec-adaptive --speculative-num-steps 6 --skip-server-warmup"
 MORE = "--sparsespec-min-budget 32 --sparsespec-verify-attention fused --cuda-graph-bs-decode 4 16 --enable-metrics"
+AUTO = "--sparsespec-schedule auto"
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(tiny_model: Path, parity_record: ParityRecord, profile: Path) -> Iterator[Server]:
     # parity_record first: the reference server is gone before this one starts
-    args = [*OURS.split(), *MORE.split(), "--sparsespec-profile", str(profile)]
+    args = [*OURS.split(), *MORE.split(), *AUTO.split(), "--sparsespec-profile", str(profile)]
     with Server(tiny_model, *args, env=TINY_ENV) as server:
         yield server
 
@@ -59,6 +60,9 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
     assert shown["measured_speedup"] > 0
     assert len(shown["survival"]) == 6
     assert shown["terms_by_batch"]
+    # trials need rounds of the whole k, and it may have been another one
+    assert shown["schedule"] == "auto"
+    assert shown["auto"]["now"] in ("lockstep", "unified")
 
     text = requests.get(server.url + "/metrics", timeout=60).text
     for name in ("num_steps", "predicted_speedup", "measured_speedup"):

@@ -65,6 +65,7 @@ SERVERS = {
         **PILLAR,
         "--page-size": "1",
         "--sparsespec-verify-attention": "fused",
+        "--sparsespec-ngram-assist": "2",
         # rounds of 1 to 16 requests are padded, or larger than all
         "--cuda-graph-bs-decode": "3 7 11",
         "--sparsespec-granularity": "token",

@@ -51,8 +51,12 @@ SERVERS = {
         "--sparsespec-min-budget=16",
         "--sparsespec-schedule=unified",
     ),
-    # another k every few rounds, and requests that use one draft at most beside those that use all
-    "changing-k": ("--sparsespec-draft-sampling=sampled", "--sparsespec-min-budget=16"),
+    # another k every few rounds, n-gram guesses, and requests that use one draft at most beside those that use all
+    "changing-k": (
+        "--sparsespec-draft-sampling=sampled",
+        "--sparsespec-min-budget=16",
+        "--sparsespec-ngram-assist=2",
+    ),
 }
 LIMITED = {"custom_params": {"sparsespec": {"max_draft_tokens": 1}}}
 BAD_DRAFTS = (
@@ -69,7 +73,7 @@ def server(
 ) -> Iterator[Server]:
     env, command = dict(TINY_ENV), None
     if request.param == "changing-k":
-        env[random_steps.SETTINGS] = "seed=3,every=3"
+        env[random_steps.SETTINGS] = "seed=3,every=3,guess=1"
         env[random_steps.FILE] = str(tmp_path_factory.mktemp("steps") / "steps")
         command = [sys.executable, "-m", "tests.support.random_steps"]
     with Server(

@@ -30,7 +30,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "--speculative-algorithm SPARSESPEC --skip-server-warmup --constrained-json-disable-any-whitespace"
 BUDGET = "--sparsespec-min-budget 32 --sparsespec-recent-window 4 --sparsespec-sink 1"
 SERVERS = {
+    # guesses whether they come true or not
     "backend-page16-sync": "--page-size 16 --disable-overlap-schedule --sparsespec-selection first-last "
+    "--sparsespec-ngram-assist 3 "
     "--speculative-num-steps 5 --chunked-prefill-size 64",
     # unified where k is 8, else in lockstep
     "fused-page1-overlap": "--sparsespec-schedule unified --cuda-graph-bs-decode 3 7 11 "
@@ -51,7 +53,7 @@ def switching(
     # parity_record first: the reference server is gone before this one starts
     file = tmp_path_factory.mktemp("steps") / "steps"
     file.touch()
-    env = {**TINY_ENV, random_steps.SETTINGS: "seed=7,every=3", random_steps.FILE: str(file)}
+    env = {**TINY_ENV, random_steps.SETTINGS: "seed=7,every=3,guess=1", random_steps.FILE: str(file)}
     command = [sys.executable, "-m", "tests.support.random_steps"]
     args = f"{OURS} {BUDGET} {SERVERS[name]}".split()
     with Server(tiny_model, *args, env=env, command=command, cwd=REPOSITORY) as server:

@@ -1,8 +1,9 @@
 """A server that changes k at random: `python -m tests.support.random_steps` takes the server's arguments.
 
 SPARSESPEC_TEST_STEPS="seed=1,every=3": after 1 to `every` rounds the next ones get another k, 0 to K, 0 and K more
-often than the rest. SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file; rank r of several, from 1 on,
-wants other k and appends to FILE-r. Schedulers import the main module again when they start, so they do alike.
+often than the rest; with ",guess=1" n-gram guesses are used whether they come true or not.
+SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file; rank r of several, from 1 on, wants other k and
+appends to FILE-r. Schedulers import the main module again when they start, so they do alike.
 """
 
 from __future__ import annotations
@@ -35,10 +36,13 @@ def _rank() -> int:
 def install(settings: str, file: Path) -> None:
     """Replace the choice of k in this process."""
     from sglang_sparsespec.adapter import adaptive
+    from sglang_sparsespec.speculation import ngram
 
     given = dict(part.split("=") for part in settings.split(","))
     # the worker is about to be made: ranks know that they are some
     file = _file_of(file, _rank())
+    if "guess" in given:
+        ngram.Pace.WORTH = 0.0
     rng = random.Random(int(given["seed"]) + _rank())
     left, steps = 0, 0
 

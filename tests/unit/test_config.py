@@ -38,6 +38,8 @@ VALID: list[tuple[str, Any]] = [
     *(("draft_sampling", choice) for choice in cfg.DRAFT_SAMPLINGS),
     *(("verify_attention", choice) for choice in cfg.VERIFY_ATTENTIONS),
     *(("schedule", choice) for choice in cfg.SCHEDULES),
+    ("ngram_assist", 0),
+    ("ngram_assist", 8),
 ]
 
 # field, value, the option as the user writes it
@@ -77,6 +79,9 @@ INVALID: list[tuple[str, Any, str]] = [
     ("draft_sampling", None, "--sparsespec-draft-sampling"),
     ("verify_attention", "own", "--sparsespec-verify-attention"),
     ("schedule", "staggered", "--sparsespec-schedule"),
+    ("ngram_assist", -1, "--sparsespec-ngram-assist"),
+    ("ngram_assist", 9, "--sparsespec-ngram-assist"),
+    ("ngram_assist", True, "--sparsespec-ngram-assist"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),
