@@ -280,7 +280,7 @@ class SparseSpecAttnBackend:
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if not isinstance(forward_batch.spec_info, SparseSpecDraftStep | SparseSpecMixedStep):
+        if not isinstance(forward_batch.spec_info, SparseSpecDraftStep):
             return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)

@@ -51,7 +51,7 @@ class SparseSpecDraftStep(SpecInput):
     """Marks a forward as a draft step; the sparse plan itself lives in the attention backend."""
 
     positions: torch.Tensor
-    """[num_reqs], int64: position of the token that is fed."""
+    """[num_tokens], int64: of the tokens that are fed."""
 
     def __post_init__(self) -> None:
         super().__init__(spec_input_type=SpecInputType.EAGLE_DRAFT)
@@ -59,17 +59,8 @@ class SparseSpecDraftStep(SpecInput):
         self.num_tokens_for_logprob_per_req = 1
 
 
-@dataclass
-class SparseSpecMixedStep(SpecInput):
+class SparseSpecMixedStep(SparseSpecDraftStep):
     """Marks a forward in which some requests draft and others verify; who does, lives in the attention backend."""
-
-    positions: torch.Tensor
-    """[num_tokens], int64."""
-
-    def __post_init__(self) -> None:
-        super().__init__(spec_input_type=SpecInputType.EAGLE_DRAFT)
-        self.num_tokens_per_req = 1
-        self.num_tokens_for_logprob_per_req = 1
 
 
 @dataclass
