@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep
 from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.speculation.memory import num_bytes
 from sglang_sparsespec.speculation.ngram import Pace, matched, propose
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class NgramAssist:
     @property
     def num_bytes(self) -> int:
         """Of what is held here."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values() if torch.is_tensor(tensor))
+        return num_bytes(tensor for tensor in vars(self).values() if torch.is_tensor(tensor))
 
     def describe(self) -> dict[str, Any]:
         """For /server_info."""
@@ -135,7 +136,7 @@ class NgramAssist:
         chain = torch.zeros((num_reqs, num_steps + 1), dtype=torch.int64, device=device)
         counts = torch.zeros_like(current)
         wanted = torch.zeros_like(current)
-        rule = plan.rule.of(torch.arange(num_reqs, device=device).repeat_interleave(width))
+        reqs = torch.arange(num_reqs, device=device).repeat_interleave(width)
         fed = current
         for _ in range(num_forwards):
             is_wanted = counts < num_steps
@@ -146,7 +147,7 @@ class NgramAssist:
             is_fed = is_known & (offsets < num_steps)
             self._load(plan, torch.cat([fed[:, None], guesses], dim=1), offsets, is_fed)
             logits = self.forward(plan.batch_size)[: num_reqs * width]
-            tokens, probs = self._draw(batch, logits, rule)
+            tokens, probs = self._sampler.choose(logits, batch.sampling_info, plan.rule, reqs)
             tokens = tokens.view(num_reqs, width)
             num_new = torch.minimum(matched(guesses.masked_fill(~is_fed[:, 1:], -1), tokens), num_steps - counts)
             steps = torch.where(ahead < num_new[:, None], offsets, num_steps)
@@ -178,11 +179,6 @@ class NgramAssist:
         for target, value in pairs:
             target[:count].copy_(value.masked_fill(~is_fed, 0).flatten())
             target[count:padded].zero_()
-
-    def _draw(self, batch: ScheduleBatch, logits: torch.Tensor, rule: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self._sampler.samples_drafts and not batch.sampling_info.is_all_greedy:
-            return self._sampler.draw(logits, rule)
-        return logits.argmax(dim=-1), None
 
     def _body(self, batch_size: int) -> torch.Tensor:
         """Feed one token and m guesses per request; returns logits [batch_size * (m + 1), vocab_size]."""

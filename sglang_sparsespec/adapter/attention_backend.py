@@ -60,17 +60,6 @@ class CapturePlan(NamedTuple):
         )
 
 
-class MixedPlan(NamedTuple):
-    """What the drafting requests of a mixed forward see; its first tokens are theirs, one each."""
-
-    lists: torch.Tensor
-    """[num_layers, num_rows, num_kv_heads or 1, width], int32, KV slots by page-table row."""
-    rows: torch.Tensor
-    """[num_drafting], int64."""
-    lens: torch.Tensor
-    """[num_drafting], int32: entries that each sees, the token that is fed included."""
-
-
 @runtime_checkable
 class ScoringBackend(Protocol):
     """A dense backend whose verify yields attention scores in the same pass."""
@@ -123,7 +112,6 @@ class SparseSpecAttnBackend:
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.draft_kv: DraftKV | StepDraftKV | None = None
-        self._mixed: MixedPlan | None = None
         self._capture: CapturePlan | None = None
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
@@ -149,10 +137,10 @@ class SparseSpecAttnBackend:
         """Set what draft steps read from now on; the step that has begun counts its own token."""
         self.draft_kv = draft_kv
 
-    def plan_mixed(self, drafts: MixedPlan, verify: FusedPlan) -> None:
-        """Set who drafts and who verifies in the mixed forwards from now on."""
+    def plan_mixed(self, drafts: DraftKV, verify: FusedPlan) -> None:
+        """Set what mixed forwards read from now on: their first tokens draft, one for each of `lens`."""
         assert self.fused is not None
-        self._mixed = drafts
+        self.plan_drafts(drafts)
         self.fused.begin(verify)
 
     def select_without_attention(self, rows: torch.Tensor, kv_lens: torch.Tensor, max_len: int) -> None:
@@ -284,36 +272,23 @@ class SparseSpecAttnBackend:
             return self.dense.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if save_kv_cache:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
-        if isinstance(forward_batch.spec_info, SparseSpecMixedStep):
-            return self._forward_mixed(q, layer)
-        assert self.draft_kv is not None, "a draft step before its round was planned"
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        if isinstance(forward_batch.spec_info, SparseSpecMixedStep):
+            assert self.fused is not None
+            # the tokens that draft come first
+            num_drafting = queries.shape[0] - self.fused.num_tokens
+            drafted = self._attend_drafts(queries[:num_drafting], layer)
+            return torch.cat([drafted, self.fused.attend(queries[num_drafting:], layer)])
+        return self._attend_drafts(queries, layer)
+
+    def _attend_drafts(self, queries: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Sparse attention of tokens that draft, flat. Their KV is written."""
+        assert self.draft_kv is not None, "a draft step before its round was planned"
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         options = {"scale": layer.scaling, "logit_cap": layer.logit_cap}
         slots, lens = self.draft_kv.layer_kv(layer.layer_id, queries, k_cache, **options)
-        out = sparse_decode(queries, k_cache, v_cache, slots, lens, kv_rows=self.draft_kv.places, **options)
-        return out.view(-1, layer.tp_q_head_num * layer.v_head_dim)
-
-    def _forward_mixed(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        """Sparse attention of the first tokens, which draft; then that of a verify. All KV is written."""
-        drafts = self._mixed
-        assert drafts is not None, "a mixed forward before it was planned"
-        assert self.fused is not None
-        num_drafting = drafts.rows.shape[0]
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
-        drafted = sparse_decode(
-            queries[:num_drafting],
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.token_to_kv_pool.get_value_buffer(layer.layer_id),
-            drafts.lists[layer.layer_id],
-            drafts.lens,
-            scale=layer.scaling,
-            logit_cap=layer.logit_cap,
-            kv_rows=drafts.rows,
-        )
-        verified = self.fused.attend(queries[num_drafting:], layer)
-        return torch.cat([drafted.flatten(1), verified])
+        return sparse_decode(queries, k_cache, v_cache, slots, lens, kv_rows=self.draft_kv.places, **options).flatten(1)
 
     # Capture and refresh
 

@@ -68,6 +68,12 @@ class FusedVerify:
         """Of the score buffer."""
         return self._scores.numel() * self._scores.element_size()
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the verify that was planned last, padding included."""
+        assert self._plan is not None, "a verify before it was planned"
+        return self._plan.rows.shape[0] * self._plan.width
+
     def begin(self, plan: FusedPlan) -> None:
         """Before the first layer of a verify."""
         self._plan = plan

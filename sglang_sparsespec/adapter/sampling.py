@@ -46,7 +46,7 @@ class KeptDrafts:
             logits: [num_reqs, vocab_size], what it was sampled from.
             probs: [num_reqs], float32, what it was sampled with.
         """
-        kept_logits, kept_probs = self._tensors(logits)
+        kept_logits, kept_probs = self._tensors(logits.shape[-1], logits.dtype, logits.device)
         kept_logits[rows, steps] = logits
         kept_probs[rows, steps] = probs
 
@@ -58,22 +58,31 @@ class KeptDrafts:
             drafts.logits, drafts.probs = self._logits[rows], self._probs[rows]
         return drafts
 
-    def lend(self, num_reqs: int, num_steps: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same memory by place in a batch, for a round that holds nothing: [num_reqs, num_steps, vocab_size] for
-        logits like these, and [num_reqs, num_steps] float32."""
-        kept_logits, kept_probs = self._tensors(logits)
-        count, vocab_size = num_reqs * num_steps, logits.shape[-1]
+    def lend(
+        self, num_reqs: int, num_steps: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same memory by place in a batch, for a round that holds nothing: [num_reqs, num_steps, vocab_size] of
+        `dtype`, and [num_reqs, num_steps] float32."""
+        kept_logits, kept_probs = self._tensors(vocab_size, dtype, device)
+        count = num_reqs * num_steps
         return (
             kept_logits.flatten()[: count * vocab_size].view(num_reqs, num_steps, vocab_size),
             kept_probs.flatten()[:count].view(num_reqs, num_steps),
         )
 
-    def _tensors(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tensors(self, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         if self._logits is None or self._probs is None:
-            # rows that were never sampled are read where a request has fewer drafts than others: nothing there is NaN
-            self._logits = logits.new_zeros((*self._shape, logits.shape[-1]))
-            self._probs = torch.ones(self._shape, dtype=torch.float32, device=logits.device)
+            self._logits, self._probs = _blank(self._shape, vocab_size, dtype, device)
         return self._logits, self._probs
+
+
+def _blank(
+    shape: tuple[int, int], vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and probabilities of drafts before there are any: never NaN, for drafts that are never made are read where
+    a request has fewer than others."""
+    logits = torch.zeros((*shape, vocab_size), dtype=dtype, device=device)
+    return logits, torch.ones(shape, dtype=torch.float32, device=device)
 
 
 class Drafts:
@@ -103,12 +112,12 @@ class Drafts:
         """Keep [num_reqs, vocab_size] logits of a step as `dtype`, and return them as they are kept."""
         if self.logits is None:
             num_reqs, num_steps = self.tokens.shape
+            vocab_size, device = logits.shape[-1], logits.device
             if self._memory is not None:
-                self.logits, self.probs = self._memory.lend(num_reqs, num_steps, logits.to(dtype))
+                self.logits, self.probs = self._memory.lend(num_reqs, num_steps, vocab_size, dtype, device)
             else:
-                shape = (num_reqs, num_steps, logits.shape[-1])
-                self.logits = torch.empty(shape, dtype=dtype, device=logits.device)
-                self.probs = torch.empty(self.tokens.shape, dtype=torch.float32, device=logits.device)
+                self.logits = torch.empty((num_reqs, num_steps, vocab_size), dtype=dtype, device=device)
+                self.probs = torch.empty((num_reqs, num_steps), dtype=torch.float32, device=device)
         self.logits[:, step] = logits
         return self.logits[:, step]
 
@@ -122,9 +131,7 @@ class Drafts:
         """
         num_reqs, num_steps = self.tokens.shape
         if self.logits is None or self.probs is None:
-            # drafts that are never made are read where a request has fewer than others: nothing there is NaN
-            self.logits = logits.new_zeros((num_reqs, num_steps, logits.shape[-1]))
-            self.probs = torch.ones((num_reqs, num_steps), dtype=torch.float32, device=logits.device)
+            self.logits, self.probs = _blank((num_reqs, num_steps), logits.shape[-1], logits.dtype, logits.device)
         reqs = torch.arange(num_reqs, device=logits.device)
         for i in range(steps.shape[1]):
             at, is_one = steps[:, i].clamp(max=num_steps - 1), steps[:, i] < num_steps
@@ -143,7 +150,7 @@ class RoundSampler:
     """
 
     def __init__(self, *, draft_sampling: str, sampling_backend: str, seed: int, device: torch.device | str) -> None:
-        self.samples_drafts = draft_sampling == "sampled"
+        self._samples_drafts = draft_sampling == "sampled"
         self._flashinfer = sampling_backend == "flashinfer"
         self._generator = torch.Generator(device).manual_seed(seed)
         self._simulation = random.Random(seed)
@@ -200,22 +207,34 @@ class RoundSampler:
             penalised.penalise_draft(logits, current)
         if info.logit_bias is not None:
             logits.add_(info.logit_bias)
-        if self.samples_drafts and not info.is_all_greedy:
+        if self.samples(info):
             # what is kept is rounded, so it is what the draft has to come from
-            kept = drafts.keep(step, logits, dtype)
+            logits = drafts.keep(step, logits, dtype)
+        tokens, probs = self.choose(logits, info, rule)
+        drafts.tokens[:, step] = tokens
+        if probs is not None:
             assert drafts.probs is not None
-            drafts.tokens[:, step], drafts.probs[:, step] = self.draw(kept, rule)
-        else:
-            drafts.tokens[:, step] = logits.argmax(dim=-1)
+            drafts.probs[:, step] = probs
         return drafts.tokens[:, step]
 
-    def draw(self, logits: torch.Tensor, rule: SamplingRule) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token per request, and how probable it was: [num_reqs] int64 and float32.
+    def samples(self, info: SamplingBatchInfo) -> bool:
+        """Whether the drafts of a batch are sampled; else they are argmaxes."""
+        return self._samples_drafts and not info.is_all_greedy
+
+    def choose(
+        self, logits: torch.Tensor, info: SamplingBatchInfo, rule: SamplingRule, reqs: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One token per row, and how probable it was where it was sampled: [num_rows] int64, and float32 or None.
 
         Args:
-            logits: [num_reqs, vocab_size], not changed.
-            rule: of these requests.
+            logits: [num_rows, vocab_size], not changed.
+            info: the batch's sampling parameters.
+            rule: the same, as `rule` returned it.
+            reqs: [num_rows], int64, which request each row is of; None: one row each, in order.
         """
+        if not self.samples(info):
+            return logits.argmax(dim=-1), None
+        rule = rule if reqs is None else rule.of(reqs)
         return chunked.draw(logits, rule, self._coins(logits.shape[0]))
 
     def adjust(

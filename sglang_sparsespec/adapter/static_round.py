@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_sparsespec.selection.store import DraftKV
+from sglang_sparsespec.speculation.memory import num_bytes
 
 if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SelectionStore
@@ -55,7 +56,7 @@ class StaticRound:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in vars(self).values() if torch.is_tensor(tensor))
+        return num_bytes(tensor for tensor in vars(self).values() if torch.is_tensor(tensor))
 
     def load(
         self,

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_sparsespec.adapter.attention_backend import MixedPlan
 from sglang_sparsespec.adapter.fused_verify import FusedPlan
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.spec_input import SparseSpecMixedStep
 from sglang_sparsespec.adapter.transfer import to_device
 from sglang_sparsespec.adapter.unified_state import RoundInputs, UnifiedState
+from sglang_sparsespec.selection.store import DraftKV
 from sglang_sparsespec.speculation.acceptance import Acceptance
 from sglang_sparsespec.speculation.phases import assign, held_after, load_of
 
@@ -79,7 +79,7 @@ class UnifiedRounds:
         sampler: RoundSampler,
         kept: KeptDrafts,
         ranks: Ranks,
-        list_slots: Callable[[torch.Tensor, torch.Tensor, int], Any],
+        list_slots: Callable[[torch.Tensor, torch.Tensor, int], DraftKV],
     ) -> None:
         self._state, self._parts = state, forward
         self._num_steps = num_steps
@@ -125,13 +125,12 @@ class UnifiedRounds:
         state, rows = self._state, plan.rows
         state.begin(rows, plan.committed_lens, current)
         # q is computed again from logits when it is asked for, by the rule of the batch
-        q_rule = plan.rule.filter_order if self._samples(batch) else None
+        q_rule = plan.rule.filter_order if self._sampler.samples(batch.sampling_info) else None
         held = self._take_held(batch.reqs, q_rule)
         fresh = [req for req, num_drafts in enumerate(held) if num_drafts is None]
         if fresh:
-            self._lay_out(
-                to_device(torch.tensor(fresh), rows.device), rows, plan.committed_lens, plan.max_committed_len
-            )
+            reqs = to_device(torch.tensor(fresh), rows.device)
+            self._lay_out(rows[reqs], plan.committed_lens[reqs], plan.max_committed_len)
         inputs = self._round_inputs([num_drafts or 0 for num_drafts in held], batch, plan.batch_size)
         outcome = _Outcome(plan, batch.return_logprob, self._num_steps)
         packed = inputs.packed(rows)
@@ -142,9 +141,6 @@ class UnifiedRounds:
             self._draft(batch, plan, inputs, number, logits)
             self._verify(batch, plan, inputs, number, logits[inputs.load.draft_reqs :], outcome)
         return outcome.acceptance, outcome.logits
-
-    def _samples(self, batch: ScheduleBatch) -> bool:
-        return self._sampler.samples_drafts and not batch.sampling_info.is_all_greedy
 
     def _take_held(self, reqs: Sequence[Req], q_rule: str | None) -> list[int | None]:
         """Drafts that each request has from the last round; None for those whose lists are to be laid out first."""
@@ -188,11 +184,9 @@ class UnifiedRounds:
             return
         rows = plan.rows[reqs]
         logits = logits[: reqs.shape[0]]
-        if self._samples(batch):
-            tokens, probs = self._sampler.draw(logits, plan.rule.of(reqs))
+        tokens, probs = self._sampler.choose(logits, batch.sampling_info, plan.rule, reqs)
+        if probs is not None:
             self._kept.keep(rows, offsets, logits, probs)
-        else:
-            tokens = logits.argmax(dim=-1)
         self._state.chains[rows, offsets + 1] = tokens
 
     def _verify(
@@ -213,7 +207,8 @@ class UnifiedRounds:
         logits = logits[: reqs.shape[0] * (self._num_steps + 1)]
         if outcome.limits is not None:
             num_drafts = torch.minimum(num_drafts, outcome.limits[reqs])
-        drafts = self._kept.drafts(rows, state.chains[rows, 1:], are_sampled=self._samples(batch))
+        are_sampled = self._sampler.samples(batch.sampling_info)
+        drafts = self._kept.drafts(rows, state.chains[rows, 1:], are_sampled=are_sampled)
         rule = plan.rule.of(reqs)
         acceptance = self._sampler.accept(logits, drafts, batch.sampling_info, rule, num_drafts)
         acceptance = self._ranks.agree_on_acceptance(acceptance)
@@ -221,15 +216,13 @@ class UnifiedRounds:
         committed_lens = state.committed_lens[rows]
         if not self._parts.backend.policy.needs_attention:
             self._parts.backend.select_without_attention(rows, committed_lens.int(), plan.max_committed_len)
-        state.begin(rows, committed_lens + acceptance.accept_lens, acceptance.bonus_tokens)
-        self._lay_out(reqs, plan.rows, outcome.new_lens(plan.committed_lens), plan.max_committed_len)
+        committed_lens = committed_lens + acceptance.accept_lens
+        state.begin(rows, committed_lens, acceptance.bonus_tokens)
+        self._lay_out(rows, committed_lens, plan.max_committed_len)
 
-    def _lay_out(
-        self, reqs: torch.Tensor, rows: torch.Tensor, committed_lens: torch.Tensor, max_committed_len: int
-    ) -> None:
-        """What the drafts of some requests see from now on."""
-        rows = rows[reqs]
-        draft_kv = self._list_slots(rows, committed_lens[reqs], max_committed_len)
+    def _lay_out(self, rows: torch.Tensor, committed_lens: torch.Tensor, max_committed_len: int) -> None:
+        """What the drafts of some requests ([num_reqs] each) see from now on."""
+        draft_kv = self._list_slots(rows, committed_lens, max_committed_len)
         self._state.lists[:, rows, :, : draft_kv.slots.shape[-1]] = draft_kv.slots
         self._state.list_lens[rows] = draft_kv.lens
 
@@ -253,7 +246,7 @@ class UnifiedRounds:
             width,
             self._parts.max_len(),
         )
-        self._parts.backend.plan_mixed(MixedPlan(state.lists, draft_rows, lens), verify)
+        self._parts.backend.plan_mixed(DraftKV(state.lists, lens, places=draft_rows), verify)
         return self._parts.run_model(
             ForwardMode.DECODE,
             tokens,
@@ -287,7 +280,3 @@ class _Outcome:
             if self.logits is None:
                 self.logits = logits.new_empty((num_reqs * width, logits.shape[-1]))
             self.logits.view(num_reqs, width, -1)[reqs] = logits.view(-1, width, logits.shape[-1])
-
-    def new_lens(self, committed_lens: torch.Tensor) -> torch.Tensor:
-        """[num_reqs], n after the verifies so far."""
-        return committed_lens + self.acceptance.accept_lens

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.speculation.memory import num_bytes
 from sglang_sparsespec.speculation.phases import Load, load_of, turns
 
 if TYPE_CHECKING:
@@ -49,10 +50,8 @@ class RoundInputs:
     ) -> None:
         self.load = load_of(batch_size, num_steps)
         self.turns = turns(held, phases, num_steps)
-        self.num_tokens = self.load.draft_reqs + self.load.verify_reqs * (num_steps + 1)
-        columns = self.num_tokens + self.load.verify_reqs
         # requests by number; the one past the last is padding
-        reqs = torch.full((num_steps + 1, columns), len(held), dtype=torch.int64)
+        reqs = torch.full((num_steps + 1, _num_columns(self.load)), len(held), dtype=torch.int64)
         numbers = torch.zeros_like(reqs)
         for turn, of_reqs, of_numbers in zip(self.turns, reqs, numbers, strict=True):
             self._fill(turn, num_steps, of_reqs, of_numbers)
@@ -66,7 +65,7 @@ class RoundInputs:
         chains = slice(self.load.draft_reqs, self.load.draft_reqs + num_verifying * (num_steps + 1))
         reqs[chains] = verifying.repeat_interleave(num_steps + 1)
         numbers[chains] = torch.arange(num_steps + 1).repeat(num_verifying)
-        lasts = slice(self.num_tokens, self.num_tokens + num_verifying)
+        lasts = slice(self.load.num_tokens, self.load.num_tokens + num_verifying)
         reqs[lasts] = verifying
         numbers[lasts] = torch.tensor(turn.num_drafts, dtype=torch.int64) + 1
 
@@ -81,7 +80,7 @@ class RoundInputs:
 
     def verifying(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the forward `number`, who verifies and how many drafts: [num_verifying] int64 each, without padding."""
-        lasts = slice(self.num_tokens, self.num_tokens + len(self.turns[number].verify_reqs))
+        lasts = slice(self.load.num_tokens, self.load.num_tokens + len(self.turns[number].verify_reqs))
         return self._reqs[number, lasts], self._numbers[number, lasts] - 1
 
 
@@ -107,14 +106,13 @@ class UnifiedState:
         self.chains = torch.zeros((num_rows, num_steps + 1), dtype=torch.int64, device=device)
         """[num_rows, K + 1], int64: the current token and the drafts after it, as many as there are."""
         # n and the chain of the padding row stay 0
-        load = load_of(max_reqs, num_steps)
-        self._inputs = torch.zeros(2 * _num_columns(load, num_steps), dtype=torch.int64, device=device)
+        num_columns = _num_columns(load_of(max_reqs, num_steps))
+        self._inputs = torch.zeros(2 * num_columns, dtype=torch.int64, device=device)
 
     @property
     def num_bytes(self) -> int:
         """Of what is held here beside the lists."""
-        tensors = (self.list_lens, self.committed_lens, self.chains, self._inputs)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return num_bytes((self.list_lens, self.committed_lens, self.chains, self._inputs))
 
     def begin(self, rows: torch.Tensor, committed_lens: torch.Tensor, current: torch.Tensor) -> None:
         """Before a round: [num_reqs] each, the rows, n, and the tokens that are committed but not cached."""
@@ -127,12 +125,10 @@ class UnifiedState:
 
     def inputs(self, batch_size: int) -> TurnInputs:
         load = load_of(batch_size, self._num_steps)
-        num_tokens = load.draft_reqs + load.verify_reqs * (self._num_steps + 1)
-        parts = self._inputs[: 2 * _num_columns(load, self._num_steps)].split(
-            [num_tokens, load.verify_reqs, num_tokens, load.verify_reqs]
-        )
+        parts = self._inputs[: 2 * _num_columns(load)].split([load.num_tokens, load.verify_reqs] * 2)
         return TurnInputs(parts[0], parts[2], parts[1], parts[3])
 
 
-def _num_columns(load: Load, num_steps: int) -> int:
-    return load.draft_reqs + load.verify_reqs * (num_steps + 2)
+def _num_columns(load: Load) -> int:
+    """A number for each token, and one for each verify."""
+    return load.num_tokens + load.verify_reqs

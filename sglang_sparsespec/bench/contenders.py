@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6, "eagle3": 2.1}
 ORIGINS = {"window": "MagicDec's StreamingLLM drafts", "pillar": "SparseSpec", "random": "a lower bound"}
 DEFAULT_SCHEDULE = SparseSpecConfig().schedule
-# those that our own verify serves, with selections made before the drafts (adapter/support.py)
+# those that our own verify serves, with selections made before the drafts (adapter/support.py); `auto` tries it too
 UNIFIED_POLICIES = ("pillar", "window", "random")
 NO_GPU_ARGS = ("--device", "cpu")
 
@@ -67,7 +67,7 @@ def sparsespec(
     found = []
     for policy in policies:
         for schedule in schedules:
-            if schedule == "unified" and policy not in UNIFIED_POLICIES:
+            if schedule != DEFAULT_SCHEDULE and policy not in UNIFIED_POLICIES:
                 continue
             args: tuple[str, ...] = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-selection", policy, *extra)
             name = f"sparsespec/{policy}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_sparsespec.speculation.memory import LAYOUT_BYTES, LAYOUT_ENTRY_BYTES
+from sglang_sparsespec.speculation.memory import LAYOUT_BYTES, LAYOUT_ENTRY_BYTES, num_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +113,7 @@ class SelectionStore:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.positions, self.num_selected, self.until))
+        return num_bytes((self.positions, self.num_selected, self.until))
 
     def write(self, layer: int, rows: torch.Tensor, selection: Selection) -> None:
         """Replace one layer's selection of the requests at `rows` ([num_reqs], int64)."""

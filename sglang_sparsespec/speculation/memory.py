@@ -17,7 +17,9 @@ from sglang_sparsespec.speculation.distribution import MAX_TOP_K
 from sglang_sparsespec.speculation.phases import load_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    import torch
 
 GIB = 1 << 30
 # scores that wait for a selection: whole layers, at most this, at least one
@@ -39,6 +41,11 @@ PAGE_TABLE_MARGIN = 64
 # of what the host leaves free for activations, the share that moments of a round may count on; the rest is for
 # workspaces that it allocates after it has sized the pool. Arbitrary
 ACTIVATION_SHARE = 0.5
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """What some tensors take, to compare with a plan."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class ModelShape(NamedTuple):
@@ -183,7 +190,7 @@ def _unified_bytes(rounds: RoundShape) -> int:
     if not rounds.is_unified:
         return 0
     load = load_of(rounds.max_reqs, rounds.num_steps)
-    inputs = 2 * (load.draft_reqs + load.verify_reqs * (rounds.width + 1))
+    inputs = 2 * (load.num_tokens + load.verify_reqs)
     return (rounds.max_reqs + 1) * (4 + 8 + 8 * rounds.width) + 8 * inputs
 
 

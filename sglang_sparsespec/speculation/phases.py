@@ -36,12 +36,19 @@ class Load(NamedTuple):
 
     draft_reqs: int
     verify_reqs: int
+    width: int
+    """Tokens that each of them verifies at most: k + 1."""
+
+    @property
+    def num_tokens(self) -> int:
+        """That a forward feeds."""
+        return self.draft_reqs + self.verify_reqs * self.width
 
 
 def load_of(num_reqs: int, num_steps: int) -> Load:
     """The most that any forward of a round of `num_reqs` requests has; no smaller round has more."""
     num_forwards = num_steps + 1
-    return Load(draft_reqs=num_reqs - num_reqs // num_forwards, verify_reqs=-(-num_reqs // num_forwards))
+    return Load(num_reqs - num_reqs // num_forwards, -(-num_reqs // num_forwards), width=num_steps + 1)
 
 
 def assign(held: Sequence[int], num_steps: int) -> list[int]:

@@ -108,7 +108,7 @@ class Engine:
         if self._is_watched:
             self._watch(tokens, positions, slots, rows)
         self._forwards += 1
-        num_drafting = self._drafts.rows.shape[0]
+        num_drafting = self._drafts.places.shape[0]
         wanted = next_token(tokens, positions)
         if self._wrong_every:
             wrong = torch.arange(num_drafting) % self._wrong_every == self._forwards % self._wrong_every
@@ -120,8 +120,8 @@ class Engine:
         # padding stays where nobody reads
         assert (positions[rows == 0] == 0).all()
         assert (tokens[rows == 0] == 0).all()
-        num_drafting = self._drafts.rows.shape[0]
-        assert torch.equal(self._drafts.rows, rows[:num_drafting])
+        num_drafting = self._drafts.places.shape[0]
+        assert torch.equal(self._drafts.places, rows[:num_drafting])
         verify = self._verify
         assert verify.width == WIDTH
         chains = rows[num_drafting:].view(-1, WIDTH)
@@ -134,7 +134,7 @@ class Engine:
         self.seen.append(
             Seen(
                 together(rows[:num_drafting][is_draft], positions[:num_drafting][is_draft]),
-                (self._drafts.lens[is_draft] - self.selected[self._drafts.rows[is_draft]]).tolist(),
+                (self._drafts.lens[is_draft] - self.selected[self._drafts.places[is_draft]]).tolist(),
                 together(verify.rows[real], verify.committed_lens[real], verify.num_queries[real]),
             )
         )

@@ -168,7 +168,10 @@ def test_full_has_every_schedule_of_a_policy(h100: Machine, request_: Request) -
     """A server that is refused at start, or a schedule that nobody ever compares."""
     found = names(sets.full(h100, request_))
     assert {"sparsespec/pillar", "sparsespec/pillar/unified", "sparsespec/window/unified", "sparsespec/quest"} <= found
-    assert not {"sparsespec/quest/unified", "sparsespec/first-last/unified"} & found
+    assert "sparsespec/pillar/auto" in found
+    # refused at start, each of them
+    policies = ("quest", "first-last")
+    assert not {f"sparsespec/{policy}/{schedule}" for policy in policies for schedule in ("unified", "auto")} & found
     [ours] = {c for c in sets.full(h100, request_).jobs[0].contenders if c.name == "sparsespec/pillar/unified"}
     assert ours.args[ours.args.index("--sparsespec-schedule") + 1] == "unified"
     # elsewhere the default alone
