@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
+from sglang_sparsespec.adapter.side_stream import SideStream
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep, SparseSpecMixedStep, SparseSpecVerifyInput
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
@@ -113,6 +114,7 @@ class SparseSpecAttnBackend:
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.draft_kv: DraftKV | StepDraftKV | None = None
         self._capture: CapturePlan | None = None
+        self._beside = SideStream(model_runner.device)
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
     def __getattr__(self, name: str) -> Any:
@@ -274,21 +276,31 @@ class SparseSpecAttnBackend:
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, None), k, v)
         queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if isinstance(forward_batch.spec_info, SparseSpecMixedStep):
-            assert self.fused is not None
-            # the tokens that draft come first
-            num_drafting = queries.shape[0] - self.fused.num_tokens
-            drafted = self._attend_drafts(queries[:num_drafting], layer)
-            return torch.cat([drafted, self.fused.attend(queries[num_drafting:], layer)])
-        return self._attend_drafts(queries, layer)
+            return self._attend_mixed(queries, layer)
+        return self._attend_drafts(queries, layer).flatten(1)
 
-    def _attend_drafts(self, queries: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        """Sparse attention of tokens that draft, flat. Their KV is written."""
+    def _attend_mixed(self, queries: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """Sparse attention of the tokens that draft, which come first, beside that of a verify. All KV is written."""
+        assert self.fused is not None
+        num_drafting = queries.shape[0] - self.fused.num_tokens
+        out = torch.empty_like(queries)
+        # neither fills the device to its end
+        with self._beside:
+            self._attend_drafts(queries[:num_drafting], layer, out[:num_drafting])
+        self.fused.attend(queries[num_drafting:], layer, out[num_drafting:])
+        self._beside.join()
+        return out.flatten(1)
+
+    def _attend_drafts(
+        self, queries: torch.Tensor, layer: RadixAttention, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Sparse attention of tokens that draft, [num_tokens, num_q_heads, head_dim]. Their KV is written."""
         assert self.draft_kv is not None, "a draft step before its round was planned"
         k_cache = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
         v_cache = self.token_to_kv_pool.get_value_buffer(layer.layer_id)
         options = {"scale": layer.scaling, "logit_cap": layer.logit_cap}
         slots, lens = self.draft_kv.layer_kv(layer.layer_id, queries, k_cache, **options)
-        return sparse_decode(queries, k_cache, v_cache, slots, lens, kv_rows=self.draft_kv.places, **options).flatten(1)
+        return sparse_decode(queries, k_cache, v_cache, slots, lens, kv_rows=self.draft_kv.places, out=out, **options)
 
     # Capture and refresh
 

@@ -80,14 +80,21 @@ class FusedVerify:
         lens = plan.committed_lens.long()
         self._score_starts = lens.cumsum(0) - lens
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
-        """One layer's attention, flat; with the last layer that waits, the selections too. All KV is written."""
+    def attend(self, q: torch.Tensor, layer: RadixAttention, out: torch.Tensor | None = None) -> torch.Tensor:
+        """One layer's attention, flat; with the last layer that waits, the selections too. All KV is written.
+
+        Args:
+            q: [num_tokens, ...], the queries, flat or by head.
+            layer: of the model.
+            out: [num_tokens, num_q_heads, head_dim], contiguous; where it is written if given.
+        """
         plan = self._plan
         assert plan is not None, "a verify before it was planned"
         waiting = layer.layer_id % self._scores.shape[0]
         scores = None if self._policy is None else self._scores[waiting]
-        out, _ = paged_attention(
-            q.reshape(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim),
+        queries = q.reshape(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim)
+        attended, _ = paged_attention(
+            queries,
             self._kv_pool.get_key_buffer(layer.layer_id),
             self._kv_pool.get_value_buffer(layer.layer_id),
             self._req_to_token,
@@ -99,11 +106,12 @@ class FusedVerify:
             anchored_scores=scores,
             score_starts=None if scores is None else self._score_starts,
             logit_cap=layer.logit_cap,
+            out=None if out is None else out.view(queries.shape),
         )
         is_last = layer.layer_id == self._num_layers - 1
         if scores is not None and (is_last or waiting == self._scores.shape[0] - 1):
             self._select(layer.layer_id - waiting, waiting + 1)
-        return out.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
+        return attended.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _select(self, first_layer: int, num_layers: int) -> None:
         plan = self._plan

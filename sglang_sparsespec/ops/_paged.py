@@ -131,6 +131,8 @@ class PagedProblem:
     is_anchored: bool = False
     query_step: int = 1
     """Positions from one query to the next."""
+    out: torch.Tensor | None = None
+    """Where the output goes; None: a new tensor."""
 
     def kv_lens(self) -> torch.Tensor:
         """Positions that the last query of each request sees, 0 without queries: [R]."""
@@ -143,7 +145,7 @@ class PagedProblem:
         num_kv_heads = self.k_cache.shape[1]
         out = scores = starts = None
         if self.v_cache is not None:
-            out = self.q.new_zeros(self.q.shape)
+            out = self.q.new_zeros(self.q.shape) if self.out is None else self.out.zero_()
         if self.score_lens is not None:
             scores = self.q.new_zeros((num_reqs, num_kv_heads, self.max_len), dtype=torch.float32)
         if self.q.device.type == "cpu":

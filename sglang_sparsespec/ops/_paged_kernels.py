@@ -307,18 +307,19 @@ def attend_paged_triton(
     max_len: int,
     logit_cap: float,
     num_splits: int | None,
+    out: torch.Tensor | None = None,
     anchored_scores: torch.Tensor | None = None,
     score_starts: torch.Tensor | None = None,
     query_step: int = 1,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The output where there is a v_cache, the mean scores where there are score_lens, anchored ones where there is
-    a buffer for them."""
+    a buffer for them. `out` is where to write, with a v_cache."""
     num_reqs, num_queries, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
     group = num_q_heads // num_kv_heads
     num_rows = num_queries * group
-    out = scores = None
-    if v_cache is not None:
+    scores = None
+    if v_cache is not None and out is None:
         out = torch.empty((num_reqs, num_queries, num_q_heads, head_dim), dtype=q.dtype, device=q.device)
     if score_lens is not None:
         scores = torch.empty((num_reqs, num_kv_heads, max_len), dtype=torch.float32, device=q.device)

@@ -86,6 +86,22 @@ def test_caps_logits_and_reads_strided_pools(backend: str, device: torch.device,
     check(backend, device, case, max_len=43)
 
 
+def test_writes_where_it_is_told(backend: str, device: torch.device) -> None:
+    """A part of an output that several calls fill: what is left unwritten, or written next to it."""
+    case = make_paged_case(SPANS, num_queries=4, num_kv_heads=2, group=3, head_dim=64, dtype=torch.float32)
+    options = {"scale": 0.125, "max_len": 131}
+    whole = torch.full((len(SPANS) + 2, *case.q.shape[1:]), torch.nan, device=device)
+    out, _ = implementation(backend)(*case.to(device), out=whole[1:-1], **options)
+    assert out.data_ptr() == whole[1].data_ptr()
+    expected, _ = paged_attention_reference(*case, **options)
+    assert_output_close(whole[1:-1].cpu(), expected)
+    assert whole[[0, -1]].isnan().all()
+    if backend == "cpu":
+        strided = torch.empty(*case.q.shape[:-1], 2 * case.q.shape[-1])[..., ::2]
+        with pytest.raises(ValueError, match="out: expected a contiguous"):
+            paged_attention(*case, out=strided, **options)
+
+
 @pytest.mark.only_backend("triton")
 @pytest.mark.parametrize("num_splits", [1, 4])
 def test_splits_merge_to_the_same_result(backend: str, device: torch.device, num_splits: int) -> None:

@@ -263,6 +263,7 @@ def test_graph_replay_follows_new_coins_and_steps() -> None:
         is_greedy=on_gpu["is_greedy"],
         draft_logits=drafts,
         draft_stats=row_stats(drafts, temperatures, steps=steps),
+        draft_steps=steps,
         draft_tokens=None,
     )
     assert torch.equal(tokens, expected)

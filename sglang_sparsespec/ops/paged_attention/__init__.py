@@ -46,6 +46,7 @@ def paged_attention(
     anchored_scores: torch.Tensor | None = None,
     score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Causal attention of some query tokens per request over its whole context, the queries' own KV included.
 
@@ -75,6 +76,7 @@ def paged_attention(
             undefined afterwards. Not together with `score_lens`.
         score_starts: [R], int32 or int64; where the requests' columns begin. They must not overlap.
         logit_cap: soft cap of the logits; 0 is off.
+        out: [R, T, HQ, D], dtype of q, contiguous; written and returned when given. Must not overlap q.
 
     Returns:
         out: [R, T, HQ, D], dtype of q; zeros in the rows of invalid queries.
@@ -97,6 +99,12 @@ def paged_attention(
         _check_anchored_scores(anchored_scores, score_starts, q, k_cache.shape[1])
         if score_lens is not None:
             raise ValueError("score_lens: expected None together with anchored_scores, which end at query_starts.")
+    if out is not None:
+        check_shape("out", out, q.shape)
+        check_dtype("out", out, (q.dtype,))
+        check_device("out", out, q.device)
+        if not out.is_contiguous():
+            raise ValueError(f"out: expected a contiguous tensor, got strides {tuple(out.stride())}.")
     attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = paged_attention_torch
     if q.is_cuda and q.shape[1] <= MAX_TRITON_QUERIES:
         # imported where it is used: a CPU install may lack Triton
@@ -117,6 +125,7 @@ def paged_attention(
         anchored_scores=anchored_scores,
         score_starts=score_starts,
         logit_cap=logit_cap,
+        out=out,
     )
 
 

@@ -26,6 +26,7 @@ def paged_attention_torch(
     anchored_scores: torch.Tensor | None = None,
     score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     problem = PagedProblem(
         q,
@@ -40,11 +41,12 @@ def paged_attention_torch(
         max_len,
         logit_cap,
         is_anchored=anchored_scores is not None,
+        out=out,
     )
-    out, scores = problem.run()
-    assert out is not None
+    attended, scores = problem.run()
+    assert attended is not None
     if anchored_scores is None:
-        return out, scores
+        return attended, scores
     assert scores is not None
     assert score_starts is not None
     num_columns = anchored_scores.shape[1]
@@ -55,4 +57,4 @@ def paged_attention_torch(
     padded = torch.nn.functional.pad(anchored_scores, (0, 1))
     padded[:, column] = scores.transpose(0, 1).flatten(1)
     anchored_scores.copy_(padded[:, :num_columns])
-    return out, None
+    return attended, None

@@ -30,10 +30,11 @@ def paged_attention_triton(
     anchored_scores: torch.Tensor | None = None,
     score_starts: torch.Tensor | None = None,
     logit_cap: float = 0.0,
+    out: torch.Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Launch; `num_splits`, a power of two, is for tests."""
-    out, scores = attend_paged_triton(
+    attended, scores = attend_paged_triton(
         q,
         k_cache,
         v_cache,
@@ -45,9 +46,10 @@ def paged_attention_triton(
         scale=scale,
         max_len=max_len,
         logit_cap=logit_cap,
+        out=out,
         num_splits=num_splits,
         anchored_scores=anchored_scores,
         score_starts=score_starts,
     )
-    assert out is not None
-    return out, scores
+    assert attended is not None
+    return attended, scores
