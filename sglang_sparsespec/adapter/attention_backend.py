@@ -286,8 +286,8 @@ class SparseSpecAttnBackend:
         out = torch.empty_like(queries)
         # neither fills the device to its end
         with self._beside:
-            self._attend_drafts(queries[:num_drafting], layer, out[:num_drafting])
-        self.fused.attend(queries[num_drafting:], layer, out[num_drafting:])
+            self.fused.attend(queries[num_drafting:], layer, out[num_drafting:])
+        self._attend_drafts(queries[:num_drafting], layer, out[:num_drafting])
         self._beside.join()
         return out.flatten(1)
 

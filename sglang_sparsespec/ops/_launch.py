@@ -10,6 +10,8 @@ import torch
 
 # programs per multiprocessor that a launch aims at; arbitrary, measure before changing
 WAVES = 4
+# the same for the verify kernel, of which two are resident
+VERIFY_WAVES = 2
 MAX_SPLITS = 32
 # query rows of a tile of the verify kernel
 MAX_BLOCK_ROWS = 64
@@ -22,9 +24,9 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:
+def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int, waves: int = WAVES) -> int:
     """A power of two: enough programs to fill the device, at least two tiles in each."""
-    wanted = min(WAVES * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
+    wanted = min(waves * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
 
 

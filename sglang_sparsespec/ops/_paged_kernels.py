@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.ops._launch import block_rows, num_row_tiles
+from sglang_sparsespec.ops._launch import VERIFY_WAVES, block_rows, num_row_tiles
 from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
@@ -330,7 +330,8 @@ def attend_paged_triton(
     block = tiles["BN"]
     row_tiles = num_row_tiles(num_rows)
     if num_splits is None:
-        num_splits = choose_num_splits(num_reqs * num_kv_heads * row_tiles, max_len, block, q.device)
+        num_programs = num_reqs * num_kv_heads * row_tiles
+        num_splits = choose_num_splits(num_programs, max_len, block, q.device, VERIFY_WAVES)
     part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)
     part = part_lse
     planes = anchored_scores
@@ -390,7 +391,7 @@ def attend_paged_triton(
             D=head_dim,
             BD=tiles["BD"],
             NUM_SPLITS=num_splits,
-            num_warps=4,
+            num_warps=1,
         )
     if anchored_scores is not None and row_tiles > 1:
         assert planes is not None
