@@ -114,7 +114,7 @@ class SparseSpecAttnBackend:
         self.token_to_kv_pool = model_runner.token_to_kv_pool
         self.draft_kv: DraftKV | StepDraftKV | None = None
         self._capture: CapturePlan | None = None
-        self._beside = SideStream(model_runner.device)
+        self._beside = SideStream(store.positions.device)
         self._scored_in_pass = isinstance(dense, ScoringBackend)
 
     def __getattr__(self, name: str) -> Any:

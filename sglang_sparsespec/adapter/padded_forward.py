@@ -46,8 +46,8 @@ class PaddedForward:
         """Whether a forward of this size is replayed."""
         return batch_size in self._graphs
 
-    def capture(self) -> None:
-        """Take a graph of every batch size, the largest first, so that the smaller ones fit into its memory."""
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        """Take a graph of every batch size on `stream`, the largest first: the smaller ones fit into its memory."""
         if not self._batch_sizes:
             return
         from sglang.srt.compilation.weak_ref_tensor import weak_ref_tensor
@@ -59,7 +59,7 @@ class PaddedForward:
         free_before, began = torch.cuda.mem_get_info()[0], time.perf_counter()
         pool = get_or_create_global_graph_memory_pool(torch.cuda)
         set_graph_pool_id(pool)
-        with model_capture_mode(), graph_capture() as context:
+        with model_capture_mode(), graph_capture(stream=stream):
             for batch_size in reversed(self._batch_sizes):
                 for _ in range(_WARM_UPS):
                     torch.cuda.synchronize()
@@ -67,7 +67,7 @@ class PaddedForward:
                     get_tp_group().barrier()
                     self._body(batch_size)
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool, stream=context.stream):
+                with torch.cuda.graph(graph, pool=pool, stream=stream):
                     logits = self._body(batch_size)
                 # the memory stays the pool's, and the next graph may write there: logits are read before it runs
                 self._graphs[batch_size] = (graph, weak_ref_tensor(logits))

@@ -533,15 +533,15 @@ class SparseSpecWorker(BaseSpecWorker):
 
     @property
     def _forwards(self) -> list[PaddedForward]:
-        """In the order in which they are captured; the widest verify is first of those that share its memory."""
-        forwards = [self._draft_step]
+        """In the order in which they are captured: the widest verify first, for all share its memory."""
+        forwards: list[PaddedForward] = []
         if self._backend.fused is not None:
             forwards += self._verify_forwards.values()
         if self._unified is not None:
             forwards.append(self._unified.forward)
         if self._assist is not None:
             forwards.append(self._assist.forward)
-        return forwards
+        return [*forwards, self._draft_step]
 
     @property
     def weight_load_time(self) -> float:
@@ -757,8 +757,10 @@ class SparseSpecWorker(BaseSpecWorker):
         """Capture a draft step, and the verify where it is our own; on a CPU there is nothing to capture."""
         if self.device == "cpu":
             return
+        # memory of a graph serves the next one only if both were captured on one stream
+        stream = torch.cuda.Stream()
         for forward in self._forwards:
-            forward.capture()
+            forward.capture(stream)
         if self._memory is not None:
             logger.info(
                 "SPARSESPEC memory: graphs and their forwards took %.2f GiB, %.2f were reserved",

@@ -279,8 +279,8 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     attention = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
     layer = max(num_rows * max(attention, 3 * model.intermediate_size), _expert_elements(model, num_rows))
     activations = 2 * num_rows * model.hidden_size + layer
-    # the head's product, and this rank's part of it where ranks gather
-    head = model.vocab_size + (model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
+    # the head's product; where ranks gather also this rank's part of it, and all parts before they stand in order
+    head = model.vocab_size + (model.vocab_size + model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
     kernels = _split_bytes(model, rounds, num_reqs)
     if rounds.is_fused and rounds.needs_scores:
         kernels += _plane_bytes(model, rounds, num_tokens) + _select_bytes(model, rounds, num_reqs)
