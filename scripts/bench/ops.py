@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.adapter.side_stream import SideStream
 from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.ops.paged_attention import paged_attention
 from sglang_sparsespec.ops.row_stats import row_stats
@@ -30,6 +31,7 @@ from sglang_sparsespec.ops.sample_rows import sample_rows
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.select_positions import select_positions
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
+from sglang_sparsespec.speculation.phases import load_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_DRAFT_TOKENS = 9
@@ -218,6 +220,60 @@ def verify_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator
         yield {"op": name}, run, pool.kv_bytes
 
 
+def mixed_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    """A forward of the unified schedule: the first requests draft, a ninth verifies; both parts into one output."""
+    pool = make_pool(shape, batch, length, device)
+    load = load_of(batch, NUM_DRAFT_TOKENS - 1)
+    budget = max(192, length // 20)
+    q = torch.randn(load.num_tokens, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
+    out = torch.empty_like(q)
+    drafting, verifying = slice(load.draft_reqs), slice(batch - load.verify_reqs, batch)
+    positions = torch.rand(load.draft_reqs, 1, length, device=device).argsort(-1)[..., :budget].sort(-1).values
+    slots = torch.gather(pool.req_to_token[drafting, None], 2, positions).contiguous()
+    lens = torch.full((load.draft_reqs,), budget, dtype=torch.int32, device=device)
+    starts = torch.arange(load.verify_reqs, device=device) * length
+    scores = torch.empty(shape.num_kv_heads, load.verify_reqs * length, device=device)
+    beside = SideStream(device)
+
+    def drafts() -> None:
+        parts = q[drafting], pool.k, pool.v, slots, lens
+        sparse_decode(*parts, scale=pool.scale, out=out[drafting])
+
+    def verify() -> None:
+        chains = (load.verify_reqs, NUM_DRAFT_TOKENS, shape.num_q_heads, shape.head_dim)
+        paged_attention(
+            q[load.draft_reqs :].view(chains),
+            pool.k,
+            pool.v,
+            pool.req_to_token,
+            pool.rows[verifying],
+            pool.lens[verifying],
+            torch.full_like(pool.lens[verifying], NUM_DRAFT_TOKENS),
+            scale=pool.scale,
+            max_len=pool.req_to_token.shape[1],
+            anchored_scores=scores,
+            score_starts=starts,
+            out=out[load.draft_reqs :].view(chains),
+        )
+
+    def in_turn() -> None:
+        drafts()
+        verify()
+
+    def side_by_side() -> None:
+        with beside:
+            verify()
+        drafts()
+        beside.join()
+
+    num_bytes = pool.kv_bytes // (batch * pool.req_to_token.shape[1])
+    num_bytes *= load.verify_reqs * length + load.draft_reqs * budget
+    yield {"op": "mixed, drafts alone"}, drafts, num_bytes
+    yield {"op": "mixed, verify alone"}, verify, num_bytes
+    yield {"op": "mixed, one after the other"}, in_turn, num_bytes
+    yield {"op": "mixed, side by side"}, side_by_side, num_bytes
+
+
 def flashinfer_verify(q: torch.Tensor, pool: Pool, shape: Shape) -> Callable[[], Any]:
     import flashinfer
 
@@ -310,15 +366,28 @@ def copy_gb_s(device: str) -> float:
     return 2 * source.numel() / median_ms(lambda: target.copy_(source), device, 10) / 1e6
 
 
-GROUPS = {"draft": draft_cases, "verify": verify_cases, "selection": selection_cases, "sampling": sampling_cases}
+GROUPS = {
+    "draft": draft_cases,
+    "verify": verify_cases,
+    "mixed": mixed_cases,
+    "selection": selection_cases,
+    "sampling": sampling_cases,
+}
 SIZES = {
     "draft": [(128, 4096), (128, 8192), (128, 16384), (32, 8192), (8, 8192), (1, 8192)],
     "verify": [(32, 4096), (128, 4096), (64, 8192), (32, 32768), (128, 16384), (8, 8192)],
+    "mixed": [(128, 2930), (32, 11000)],
     "selection": [(128, 3072), (64, 8192), (24, 16384)],
     # a draft step, and a verify, at batch 128
     "sampling": [(128, 151936), (1152, 151936)],
 }
-SMALL_SIZES = {"draft": [(2, 256)], "verify": [(2, 256)], "selection": [(2, 256)], "sampling": [(18, 1000)]}
+SMALL_SIZES = {
+    "draft": [(2, 256)],
+    "verify": [(2, 256)],
+    "mixed": [(10, 256)],
+    "selection": [(2, 256)],
+    "sampling": [(18, 1000)],
+}
 
 
 def main() -> None:
