@@ -10,8 +10,8 @@ import torch
 
 # programs per multiprocessor that a launch aims at; arbitrary, measure before changing
 WAVES = 4
-# the same for the verify kernel, of which two are resident
-VERIFY_WAVES = 2
+# programs of the verify kernel that are resident on a multiprocessor
+VERIFY_RESIDENT = 2
 MAX_SPLITS = 32
 # query rows of a tile of the verify kernel
 MAX_BLOCK_ROWS = 64
@@ -24,10 +24,19 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int, waves: int = WAVES) -> int:
+def choose_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int, per_sm: int = WAVES) -> int:
     """A power of two: enough programs to fill the device, at least two tiles in each."""
-    wanted = min(waves * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
+    wanted = min(per_sm * num_sms // max(1, num_programs), -(-max_kv_len // (2 * block)), MAX_SPLITS)
     return 1 << max(0, wanted.bit_length() - 1)
+
+
+def choose_verify_splits(num_programs: int, max_kv_len: int, block: int, num_sms: int) -> int:
+    """The same for the verify kernel: one full wave, for the last of several is rarely full (docs/kernels.md).
+
+    At least two splits while WAVES allow them: a wave of whole requests takes as long as the longest.
+    """
+    one_wave = choose_splits(num_programs, max_kv_len, block, num_sms, VERIFY_RESIDENT)
+    return max(one_wave, min(2, choose_splits(num_programs, max_kv_len, block, num_sms)))
 
 
 def block_rows(num_rows: int) -> int:

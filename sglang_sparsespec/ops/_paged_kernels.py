@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.ops._launch import VERIFY_WAVES, block_rows, num_row_tiles
+from sglang_sparsespec.ops._launch import block_rows, choose_verify_splits, num_multiprocessors, num_row_tiles
 from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
-    choose_num_splits,
     dot_precision,
     load_rows,
     merge_splits,
@@ -331,7 +330,7 @@ def attend_paged_triton(
     row_tiles = num_row_tiles(num_rows)
     if num_splits is None:
         num_programs = num_reqs * num_kv_heads * row_tiles
-        num_splits = choose_num_splits(num_programs, max_len, block, q.device, VERIFY_WAVES)
+        num_splits = choose_verify_splits(num_programs, max_len, block, num_multiprocessors(q.device))
     part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)
     part = part_lse
     planes = anchored_scores

@@ -11,14 +11,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.ops._launch import WAVES, choose_splits, num_multiprocessors
+from sglang_sparsespec.ops._launch import choose_splits, num_multiprocessors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-def choose_num_splits(num_programs: int, max_kv_len: int, block: int, device: torch.device, waves: int = WAVES) -> int:
+def choose_num_splits(num_programs: int, max_kv_len: int, block: int, device: torch.device) -> int:
     """A power of two from shapes alone: enough programs to fill the device, at least two tiles in each."""
-    return choose_splits(num_programs, max_kv_len, block, num_multiprocessors(device), waves)
+    return choose_splits(num_programs, max_kv_len, block, num_multiprocessors(device))
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -89,10 +89,20 @@ def test_split_results_have_room_at_every_batch_size(
     for num_reqs in range(1, shape.max_reqs + 1):
         for num_rows in (group, *(group * width for width in (*narrower, shape.width))):
             programs = num_reqs * num_kv_heads * _launch.num_row_tiles(num_rows)
-            splits = _launch.choose_splits(programs, 10**6, 32, num_sms)
-            # a log-sum-exp in any case, an output where it is split
-            elements = model.head_dim + 1 if splits > 1 else 1
-            assert 4 * num_reqs * num_kv_heads * splits * num_rows * elements <= room
+            for choose in (_launch.choose_splits, _launch.choose_verify_splits):
+                splits = choose(programs, 10**6, 32, num_sms)
+                # a log-sum-exp in any case, an output where it is split
+                elements = model.head_dim + 1 if splits > 1 else 1
+                assert 4 * num_reqs * num_kv_heads * splits * num_rows * elements <= room
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "splits"), [(1, 32), (8, 32), (64, 4), (120, 2), (256, 2), (264, 2), (265, 1), (1024, 1)]
+)
+def test_a_verify_fills_one_wave(num_programs: int, splits: int) -> None:
+    """More leave the last wave half empty; none leave the card to the longest request."""
+    assert _launch.choose_verify_splits(num_programs, 10**6, 64, 132) == splits
+    assert _launch.choose_verify_splits(num_programs, 64, 64, 132) == 1
 
 
 @pytest.mark.parametrize("context_len", [1, 4096, 40960, 10**7])
