@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -55,10 +56,15 @@ def passes(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
 
 
 def record_all(
-    model: str, server_args: list[str], prompts: list[list[int]], args: argparse.Namespace, control: int | None
+    model: str,
+    server_args: list[str],
+    prompts: list[list[int]],
+    args: argparse.Namespace,
+    control: int | None,
+    command: list[str] | None,
 ) -> Any:
     outputs, seconds = {}, {}
-    with Server(model, *server_args, timeout_s=600, request_timeout_s=3600) as server:
+    with Server(model, *server_args, command=command, timeout_s=600, request_timeout_s=3600) as server:
         run(server, prompts[:2], 4, 2, record=True)  # kernels compile on first use
         server.flush_cache()
         todo = passes(args)
@@ -128,6 +134,10 @@ def main() -> None:
     )
     parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeat")
     parser.add_argument("--spec-arg", action="append", default=[], help="for SPARSESPEC alone; repeat")
+    parser.add_argument(
+        "--spec-command",
+        help="what starts SPARSESPEC's server; 'python -m tests.support.random_steps' changes k every few rounds",
+    )
     parser.add_argument("--name", default="parity")
     parser.add_argument("--together", action="store_true", help="run both servers at a time (a big GPU)")
     parser.add_argument("--output", type=Path)
@@ -154,9 +164,10 @@ def main() -> None:
     with ThreadPoolExecutor(2 if args.together else 1) as pool:
         runs = list(
             pool.map(
-                lambda server_args, control: record_all(args.model, server_args, prompts, args, control),
+                lambda server_args, *rest: record_all(args.model, server_args, prompts, args, *rest),
                 (common, spec_args),
                 (args.control, None),
+                (None, args.spec_command and shlex.split(args.spec_command)),
             )
         )
     (reference, reference_seconds), (outputs, seconds) = runs

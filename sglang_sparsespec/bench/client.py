@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
 
@@ -39,23 +39,32 @@ def run_requests(
     Raises:
         ServerError: if a request fails or its stream ends without a token.
     """
-    return asyncio.run(_run_requests(url, prompts, sampling, concurrency, timeout_s))
+    arrivals = [Arrival(ids, sampling) for ids in prompts]
+    return asyncio.run(_run_requests(url, arrivals, concurrency, timeout_s))
 
 
-async def _run_requests(
-    url: str, prompts: Sequence[Sequence[int]], sampling: Mapping[str, Any], concurrency: int, timeout_s: float
-) -> list[Trace]:
+def run_arrivals(url: str, arrivals: Sequence[Arrival], *, timeout_s: float) -> list[Trace]:
+    """Requests as they come; traces in the order given.
+
+    Raises:
+        ServerError: as `run_requests`.
+    """
+    return asyncio.run(_run_requests(url, arrivals, max(1, len(arrivals)), timeout_s))
+
+
+async def _run_requests(url: str, arrivals: Sequence[Arrival], concurrency: int, timeout_s: float) -> list[Trace]:
     places = asyncio.Semaphore(concurrency)
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=1 << 20) as session:
 
-        async def one(ids: Sequence[int]) -> Trace:
+        async def one(arrival: Arrival) -> Trace:
+            await asyncio.sleep(arrival.after_s)
             async with places:
-                return await _stream(session, url, ids, sampling)
+                return await _stream(session, url, arrival.ids, arrival.sampling)
 
         try:
-            return await asyncio.gather(*(one(ids) for ids in prompts))
+            return await asyncio.gather(*(one(arrival) for arrival in arrivals))
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             raise ServerError(f"a streamed request failed: {error!r}") from error
 
@@ -85,6 +94,16 @@ async def _stream(session: aiohttp.ClientSession, url: str, ids: Sequence[int], 
     if not times:
         raise ServerError("a stream ended without a token")
     return Trace(len(ids), sent, tuple(times), tuple(counts), verify_ct)
+
+
+class Arrival(NamedTuple):
+    """A request, and when it is sent."""
+
+    ids: Sequence[int]
+    """Of the prompt."""
+    sampling: Mapping[str, Any]
+    after_s: float = 0.0
+    """Seconds from the start."""
 
 
 @dataclass(frozen=True)

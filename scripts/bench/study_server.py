@@ -1,0 +1,132 @@
+"""A SPARSESPEC server whose k and acceptance are set from outside, for studies of the controller.
+
+    SPARSESPEC_STUDY=CONTROL python scripts/bench/study_server.py --model-path PATH --speculative-algorithm SPARSESPEC \
+        --sparsespec-adaptive ...
+
+CONTROL is a JSON file, read again when it has changed:
+
+    k       drafts of every round; null: the controller chooses
+    rates   SIMULATED acceptance: how probable the draft at each position is to stand if all before it do, drawn for
+            each request and position (the last number serves for all further positions); the output is then not the
+            model's. null: acceptance as it is
+    fresh   any number; when it changes, a new controller begins, which has seen nothing
+    label   any text, for the record
+
+Rounds with a k from outside teach the controller nothing. Every round whose results have arrived is a line in
+CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, tokens, label].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTROL = "SPARSESPEC_STUDY"
+SEED = 5
+
+
+class Control:
+    """The file, as it was when it last changed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._changed = path, 0
+        self.now: dict[str, Any] = {}
+        self.rounds = path.with_name(path.name + ".rounds").open("a", buffering=1)
+        self._generator: torch.Generator | None = None
+
+    def read(self) -> None:
+        changed = self._path.stat().st_mtime_ns
+        if changed != self._changed:
+            self._changed = changed
+            self.now = json.loads(self._path.read_text())
+
+    def num_correct(self, num_reqs: int, num_steps: int, device: torch.device) -> torch.Tensor | None:
+        """[num_reqs], int64: drafts that stand; None: acceptance as it is."""
+        rates = self.now.get("rates")
+        if rates is None:
+            return None
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(SEED)
+        by_position = torch.tensor([rates[min(i, len(rates) - 1)] for i in range(num_steps)])
+        if device.type == "cuda":
+            by_position = by_position.pin_memory().to(device, non_blocking=True)
+        coins = torch.rand((num_reqs, num_steps), generator=self._generator, device=device)
+        return (coins < by_position).long().cumprod(dim=1).sum(dim=1)
+
+
+def install(control: Control) -> None:
+    """Replace what chooses k, what accepts, and what takes in outcomes, in this process."""
+    from sglang_sparsespec.adapter import adaptive, sampling
+    from sglang_sparsespec.speculation.acceptance import accept_simulated
+    from sglang_sparsespec.speculation.controller import Controller
+
+    choose, accept, learn = adaptive.RoundSteps.wanted, sampling.RoundSampler.accept, Controller.observe
+    planned: dict[int, tuple[Any, str, bool]] = {}
+    fresh: Any = None
+
+    def wanted(self: Any, pool_tokens: int, limits: Any) -> Any:
+        nonlocal fresh
+        control.read()
+        if control.now.get("fresh") != fresh:
+            fresh = control.now.get("fresh")
+            self.controller = Controller(self.controller.choices)
+        steps = control.now.get("k")
+        is_own = steps is None
+        chosen = choose(self, pool_tokens, limits) if is_own else adaptive.round_of(steps, pool_tokens, limits)
+        planned[id(chosen)] = (chosen, control.now.get("label", ""), is_own)
+        return chosen
+
+    def observe(self: Any, done: Any, num_correct: Any, round_ms: float | None) -> None:
+        _, label, is_own = planned.pop(id(done))
+        num_reqs = len(num_correct)
+        line = [
+            time.perf_counter(),
+            num_reqs,
+            done.num_steps,
+            done.pool_tokens,
+            round_ms,
+            sum(num_correct) + num_reqs,
+            label,
+        ]
+        control.rounds.write(json.dumps(line) + "\n")
+        if is_own:
+            learn(self, done, num_correct, round_ms)
+
+    def accept_drawn(self: Any, logits: Any, drafts: Any, info: Any, rule: Any, limits: Any = None) -> Any:
+        acceptance = accept(self, logits, drafts, info, rule, limits)
+        num_correct = control.num_correct(*drafts.tokens.shape, logits.device)
+        if num_correct is None:
+            return acceptance
+        return accept_simulated(drafts.tokens, acceptance.bonus_tokens, num_correct, limits)
+
+    adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
+    Controller.observe = observe  # type: ignore[method-assign]
+    sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
+
+
+def install_late(control: Path) -> None:
+    """SGLang loads plugins before it asks for the worker; importing the adapter here would be too early for that."""
+    from sglang.srt.speculative import spec_registry
+
+    create = spec_registry.CustomSpecAlgo.create_worker
+
+    def create_and_install(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = create(self, *args, **kwargs)
+        spec_registry.CustomSpecAlgo.create_worker = create
+        install(Control(control))
+        return made
+
+    spec_registry.CustomSpecAlgo.create_worker = create_and_install
+
+
+if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:
+    install_late(Path(os.environ[CONTROL]))
+
+if __name__ == "__main__":
+    runpy.run_module("sglang.launch_server", run_name="__main__")
