@@ -4,6 +4,9 @@ SPARSESPEC_TEST_STEPS="seed=1,every=3": after 1 to `every` rounds the next ones 
 often than the rest; with ",guess=1" n-gram guesses are used whether they come true or not.
 SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file; rank r of several, from 1 on, wants other k and
 appends to FILE-r. Schedulers import the main module again when they start, so they do alike.
+
+And logits of a forward are gone when the next one runs: captured forwards share their memory, and that shows on a GPU
+only.
 """
 
 from __future__ import annotations
@@ -64,6 +67,23 @@ def install(settings: str, file: Path) -> None:
 
     adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
     adaptive.RoundSteps.next_round = next_round  # type: ignore[method-assign]
+    overwrite_logits()
+
+
+def overwrite_logits() -> None:
+    """Each of our forwards writes where the last one left its logits, as replays of graphs in one pool do."""
+    from sglang_sparsespec.adapter import padded_forward
+
+    run = padded_forward.PaddedForward.__call__
+    last: list[torch.Tensor] = []
+
+    def run_over_the_last(self: Any, batch_size: int) -> torch.Tensor:
+        for logits in last:
+            logits.fill_(float("nan"))
+        last[:] = [run(self, batch_size)]
+        return last[0]
+
+    padded_forward.PaddedForward.__call__ = run_over_the_last  # type: ignore[method-assign]
 
 
 def install_late(settings: str, file: Path) -> None:
