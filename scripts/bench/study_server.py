@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hooked_server import before_worker_runs
 
 CONTROL = "SPARSESPEC_STUDY"
 SEED = 5
@@ -110,23 +111,8 @@ def install(control: Control) -> None:
     sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
 
 
-def install_late(control: Path) -> None:
-    """SGLang loads plugins before it asks for the worker; importing the adapter here would be too early for that."""
-    from sglang.srt.speculative import spec_registry
-
-    create = spec_registry.CustomSpecAlgo.create_worker
-
-    def create_and_install(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = create(self, *args, **kwargs)
-        spec_registry.CustomSpecAlgo.create_worker = create
-        install(Control(control))
-        return made
-
-    spec_registry.CustomSpecAlgo.create_worker = create_and_install
-
-
 if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:
-    install_late(Path(os.environ[CONTROL]))
+    before_worker_runs(lambda: install(Control(Path(os.environ[CONTROL]))))
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[3] / "scripts" / "bench"
+from tests.support.scripts import load_script
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        spec = importlib.util.spec_from_file_location("adaptive_script", SCRIPTS / "adaptive.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return module
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load_script("bench/adaptive.py", monkeypatch)
 
 
 def rounds(script: ModuleType, *lines: tuple[int, float | None, int], pool: int = 1000, num_reqs: int = 4) -> list:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from sglang_sparsespec.bench.planner import SIMULATION
+from tests.support.scripts import load_script
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "bench" / "offload.py"
-
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("offload_bench", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    monkeypatch.setitem(sys.modules, "offload_bench", module)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench/offload.py", monkeypatch)
 
 
 LOG = """
