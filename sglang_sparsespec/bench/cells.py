@@ -10,9 +10,14 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sglang_sparsespec.bench.shapes import BYTES, ModelShape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+ALLOW_LOSSY = "--sparsespec-allow-lossy"
 
 RESERVE_TOKENS = 64
 """KV tokens per request beyond prompt and completion: drafts of two rounds and a page that is not full."""
@@ -47,6 +52,11 @@ class Target:
         """On all ranks together; with fewer KV heads than ranks each rank holds a whole head."""
         copies = max(1, ranks // self.shape.kv_heads)
         return copies * self.shape.kv_values_per_token * BYTES[self.dtype]
+
+
+def is_lossy(args: Iterable[str]) -> bool:
+    """Whether a server with these arguments may answer otherwise than its model would."""
+    return any(arg.partition("=")[0] == ALLOW_LOSSY for arg in args)
 
 
 @dataclass(frozen=True)

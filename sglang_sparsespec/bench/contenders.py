@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from sglang_sparsespec.bench.cells import Contender, Skip
+from sglang_sparsespec.bench.cells import Contender, Skip, is_lossy
 from sglang_sparsespec.bench.server import PLAIN_CPU_SERVER
 from sglang_sparsespec.config import SELECTIONS, SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
@@ -70,13 +70,13 @@ def sparsespec(
             if schedule != DEFAULT_SCHEDULE and policy not in UNIFIED_POLICIES:
                 continue
             args: tuple[str, ...] = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-selection", policy, *extra)
-            name = f"sparsespec/{policy}"
+            name = policy
             if schedule != DEFAULT_SCHEDULE:
                 args += ("--sparsespec-schedule", schedule)
                 name += f"/{schedule}"
             args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
             origin = f" ({ORIGINS[policy]})" if policy in ORIGINS else ""
-            found.append(Contender(name, f"policy {policy}{origin} in our engine, {schedule}", args, simulated))
+            found.append(_ours(name, f"policy {policy}{origin} in our engine, {schedule}", args, simulated))
     return found
 
 
@@ -93,7 +93,14 @@ def named(machine: Machine, text: str, simulated: float) -> Contender:
         )
     args = ("--speculative-algorithm", "SPARSESPEC", *shlex.split(options))
     args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
-    return Contender(f"sparsespec/{name}", f"{options or 'defaults'} in our engine", args, simulated)
+    return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
+
+
+def _ours(name: str, label: str, args: tuple[str, ...], simulated: float) -> Contender:
+    """A contender of our engine; one whose output may differ says so in every table and plot."""
+    if is_lossy(args):
+        name, label = f"{name}-LOSSY", f"**LOSSY**: {label}"
+    return Contender(f"sparsespec/{name}", label, args, simulated)
 
 
 def useful_policies() -> tuple[str, ...]:

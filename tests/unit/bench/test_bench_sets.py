@@ -147,6 +147,17 @@ def test_contenders_of_the_user_join_and_are_labelled(h100: Machine, request_: R
     assert ours.label == "--speculative-num-steps 4 in our engine"
 
 
+@pytest.mark.parametrize("option", ["--sparsespec-allow-lossy", "--sparsespec-allow-lossy=1"])
+def test_lossy_contenders_cannot_lose_their_label(option: str, h100: Machine, request_: Request) -> None:
+    """Named by the user, or made so by options for all of ours."""
+    named = sets.core(h100, dataclasses.replace(request_, named=(f"x={option}",))).jobs[0].contenders
+    assert [c.name for c in named if "LOSSY" in c.name] == ["sparsespec/x-LOSSY"]
+    every = sets.core(h100, dataclasses.replace(request_, spec_args=(option,))).jobs[0].contenders
+    ours = [c for c in every if c.name.startswith("sparsespec/")]
+    assert ours
+    assert all(c.name.endswith("-LOSSY") and c.label.startswith("**LOSSY**: ") for c in ours)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -51,6 +51,21 @@ def test_speedup_needs_a_green_gate(job: Job, gates: list[bool], refusal: str) -
     assert ("refused" in page) == bool(refusal)
 
 
+@pytest.mark.parametrize("compared", [False, True])
+def test_a_lossy_contender_is_compared_and_named(job: Job, compared: bool) -> None:
+    """Asked for, so not refused; but never without its label, nor without the comparison that shows the loss."""
+    plain, ours = job.contenders
+    args = ("--sparsespec-verify-sparsity=attention", "--sparsespec-allow-lossy")
+    ours = dataclasses.replace(ours, name="sparsespec/x-LOSSY", label="**LOSSY**: x", args=(*ours.args, *args))
+    records = paired(dataclasses.replace(job, contenders=(plain, ours)), [100], [300])
+    records += [gate_record(job, ours, ok=False)] if compared else []
+    assert (row_of(rows(records), ours).ratio is None) == (not compared)
+    page = markdown(records)
+    assert "RED" not in page
+    assert ("3.00" in page) == compared
+    assert "| **LOSSY**: x |" in page
+
+
 def test_gate_is_of_the_same_options(job: Job) -> None:
     """A green gate of the default policy says nothing of another one."""
     other = dataclasses.replace(job.contenders[1], args=(*job.contenders[1].args, "--sparsespec-sink", "0"))
