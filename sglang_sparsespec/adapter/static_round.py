@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SelectionStore
 
 
+def dense_columns(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """The first `width` columns of [num_reqs, num_columns] as [num_reqs * width].
+
+    Flattening one column gives a view with gaps, which SGLang's rotary kernel for GPUs refuses.
+    """
+    return tensor[:, :width].flatten().contiguous()
+
+
 class StaticRound:
     """Inputs of draft steps and of a verify, for up to `max_reqs` requests.
 
@@ -98,6 +106,12 @@ class StaticRound:
     def draft_kv(self, batch_size: int) -> DraftKV:
         """What draft steps of `batch_size` rows read; `lens` counts the step's own token once it has begun."""
         return DraftKV(self.draft_slots[:, :batch_size], self._draft_lens[:batch_size])
+
+    def verified(self, batch_size: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, positions and slots of a verify of `width` tokens per request; each dense, [batch_size * width]."""
+        columns = (dense_columns(tensor[:batch_size], width) for tensor in (self.chain, self.positions, self.slots))
+        tokens, positions, slots = columns
+        return tokens, positions, slots
 
     def begin_step(self, step: int, tokens: torch.Tensor, batch_size: int) -> None:
         """Feed one token per request ([num_reqs], int64) at position n + step."""

@@ -38,7 +38,7 @@ from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, KeptDrafts, RoundSampler
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
-from sglang_sparsespec.adapter.static_round import StaticRound
+from sglang_sparsespec.adapter.static_round import StaticRound, dense_columns
 from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
 from sglang_sparsespec.adapter.unified_state import UnifiedState
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
@@ -338,9 +338,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 self._verify_max_len,
             )
         )
-        chain, positions, slots = (
-            tensor[:batch_size, :width].flatten() for tensor in (static.chain, static.positions, static.slots)
-        )
+        chain, positions, slots = static.verified(batch_size, width)
         return self.run_model(
             ForwardMode.TARGET_VERIFY,
             chain,
@@ -452,10 +450,10 @@ class SparseSpecWorker(BaseSpecWorker):
             batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
-        batch.out_cache_loc = plan.slots[:, : chain.shape[1]].flatten()
+        batch.out_cache_loc = dense_columns(plan.slots, chain.shape[1])
         batch.spec_info = SparseSpecVerifyInput(
             draft_token=batch.input_ids,
-            positions=plan.positions[:, : chain.shape[1]].flatten(),
+            positions=dense_columns(plan.positions, chain.shape[1]),
             draft_token_num=chain.shape[1],
             max_committed_len=plan.max_committed_len,
         )

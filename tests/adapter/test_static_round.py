@@ -88,3 +88,13 @@ def test_pads_to_the_next_batch_size(num_reqs: int, expected: int) -> None:
     assert forward.padded(num_reqs) == expected
     assert forward(expected).shape == (expected,)
     assert seen == [expected]
+
+
+@pytest.mark.parametrize("width", range(1, WIDTH + 1))
+def test_a_verify_of_any_width_is_dense(static: StaticRound, width: int) -> None:
+    """Kernels read tokens, positions and slots one after the other; a single column of a table has gaps."""
+    load(static, 3, 4, seed=0)
+    static.set_chain(torch.full((3, WIDTH), 5), 4)
+    for found, table in zip(static.verified(4, width), (static.chain, static.positions, static.slots), strict=True):
+        assert found.is_contiguous()
+        assert found.tolist() == table[:4, :width].flatten().tolist()
