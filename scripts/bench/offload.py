@@ -317,8 +317,8 @@ def server_args(args: argparse.Namespace, pool_tokens: int) -> list[str]:
     """The same for everybody."""
     common = ["--max-running-requests", str(args.max_running), "--max-total-tokens", str(pool_tokens)]
     common += ["--enable-metrics", "--decode-log-interval", "5", "--skip-server-warmup", "--stream-interval", "16"]
-    # prompts are random: a cache would hold what nobody asks for again, and count as pool use
-    common += ["--disable-radix-cache"]
+    # with the radix cache, though prompts are random: without it, SGLang admits requests that ignore EOS by a plan of
+    # who ends when, which it has of no other request, and nothing runs full
     if args.shape:
         common += ["--load-format", "dummy", "--skip-tokenizer-init"]
     if has_gpu():

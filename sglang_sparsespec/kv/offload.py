@@ -2,7 +2,7 @@
 
 A block holds `block_tokens` tokens of one request in all layers, K and V. On CUDA one kernel gathers the slots of a
 block into a staging block on the device, which then crosses PCIe in one asynchronous copy to pinned memory; the way
-back is the same in reverse. All of it is on a queue of its own, so rounds go on meanwhile.
+back is the same in reverse. All of it is on queues of its own, so rounds go on meanwhile.
 
 What of SGLang's own fits, and what does not: its `MHATokenToKVPoolHost` refuses to start unless 10 GB of RAM stay free
 beside it and scatters a request over the pool token by token; its transfer kernels write host memory from the
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sglang_sparsespec.kv.queues import Mark, Queues
+    from sglang_sparsespec.kv.queues import Mark, Queue, Queues
 
-BLOCK_TOKENS = 256
-"""Tokens of a host block: 36 MiB for a model of 36 layers, 8 KV heads of 128, bf16: large enough for PCIe to run at
-full speed; half a block per request is lost to rounding."""
+BLOCK_TOKENS = 128
+"""Tokens of a host block: 18 MiB for a model of 36 layers, 8 KV heads of 128, bf16: large enough for PCIe to run at
+full speed; half a block per request is lost to rounding, in memory and on the bus."""
 
 
 class HostPool:
@@ -144,13 +144,16 @@ class Mover:
             slots: [num_tokens], int64, in the order of positions; made on the scheduler's queue.
             blocks: of the same request.
         """
-        copies, buffers = self._queues.copies, self._buffers()
+        buffers = self._buffers()
         # the scheduler may just have written the page table that `slots` was read from
-        copies.wait_for(self._queues.schedule())
-        start = copies.mark()
-        for block, part in zip(blocks, slots.split(self._host.block_tokens), strict=True):
-            copies.run(partial(self._gather, buffers, part, block))
-        return Transfer(len(slots) * self._host.bytes_per_token, start, copies.mark(), [slots])
+        return self._transfer(
+            slots,
+            [self._queues.schedule()],
+            [
+                partial(self._gather, buffers, part, block)
+                for block, part in zip(blocks, slots.split(self._host.block_tokens), strict=True)
+            ],
+        )
 
     def copy_in(self, slots: Tensor, blocks: Sequence[int], start: int = 0) -> Transfer:
         """Host to device, after the round in flight: it may still write drafts into slots that it has lost.
@@ -160,16 +163,26 @@ class Mover:
             blocks: of the whole request.
             start: positions before it are on the device already.
         """
-        copies, buffers = self._queues.copies, self._buffers()
-        copies.wait_for(self._queues.schedule())
-        copies.wait_for(self._queues.rounds)
-        begin = copies.mark()
+        buffers = self._buffers()
         size, end = self._host.block_tokens, start + len(slots)
+        work = []
         for index in range(start // size, self._host.blocks_for(end)):
             first, last = max(start, index * size), min(end, (index + 1) * size)
             part = slots[first - start : last - start]
-            copies.run(partial(self._scatter, buffers, part, blocks[index], first - index * size))
-        return Transfer(len(slots) * self._host.bytes_per_token, begin, copies.mark(), [slots])
+            work.append(partial(self._scatter, buffers, part, blocks[index], first - index * size))
+        return self._transfer(slots, [self._queues.schedule(), self._queues.rounds], work)
+
+    def _transfer(self, slots: Tensor, after: Sequence[Queue], blocks: Sequence[Callable[[], None]]) -> Transfer:
+        """Copy blocks, every other one on the second queue: its kernel and its crossing take turns with the first's."""
+        first, second = self._queues.copies
+        for queue in after:
+            first.wait_for(queue)
+        begin = first.mark()
+        second.wait_for(first)
+        for index, work in enumerate(blocks):
+            (second if index % 2 else first).run(work)
+        first.wait_for(second)
+        return Transfer(len(slots) * self._host.bytes_per_token, begin, first.mark(), [slots])
 
     def _gather(self, buffers: Sequence[Tensor], slots: Tensor, block: int) -> None:
         target = self._host.flat(block)

@@ -48,10 +48,11 @@ class Queue(Protocol):
 
 
 class Queues(NamedTuple):
-    """The three that a move touches."""
+    """Those that a move touches."""
 
-    copies: Queue
-    """KV crosses the bus here, and nothing else happens."""
+    copies: tuple[Queue, Queue]
+    """KV crosses the bus here, and nothing else happens. Two, so that one block is gathered, beside rounds that leave
+    it little room, while another crosses; a CPU has one for both."""
     rounds: Queue
     """Drafts, verifies, prefills: reads selections and writes KV past the committed length."""
     schedule: Callable[[], Queue]
@@ -121,8 +122,8 @@ def device_queues(device: str, round_stream: Any) -> Queues:
     """
     if device != "cuda":
         queue = HostQueue()
-        return Queues(queue, queue, lambda: queue)
-    # first in line, for its kernels are short and a bus waits for them; and from another pool of streams than the rest,
-    # so that it never turns out to be the stream of the rounds
-    copies = torch.cuda.Stream(priority=-1)
-    return Queues(CudaQueue(copies), CudaQueue(round_stream), lambda: CudaQueue(torch.cuda.current_stream()))
+        return Queues((queue, queue), queue, lambda: queue)
+    # first in line, for their kernels are short and a bus waits for them; and from another pool of streams than the
+    # rest, so that none ever turns out to be the stream of the rounds
+    copies = (CudaQueue(torch.cuda.Stream(priority=-1)), CudaQueue(torch.cuda.Stream(priority=-1)))
+    return Queues(copies, CudaQueue(round_stream), lambda: CudaQueue(torch.cuda.current_stream()))

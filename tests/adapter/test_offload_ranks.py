@@ -168,8 +168,8 @@ def test_the_smallest_host_memory_is_everybodys(server: Server) -> None:
     def work(ranks: HostRanks) -> int:
         return int(server.rounds(ranks, 1, host_blocks=(3, 2)[ranks.rank]).host.offloader._moves.host.num_blocks)
 
-    # blocks of the machine are of 256 tokens, those of the pool of 16 here
-    assert server.meeting.run(work) == [32, 32]
+    # memory is in blocks of the usual size, which the pool cuts into those of 16 tokens here
+    assert server.meeting.run(work) == [2 * copies.BLOCK_TOKENS // 16] * 2
 
 
 def test_memory_for_less_than_a_block_on_any_rank_is_refused_on_all(server: Server) -> None:

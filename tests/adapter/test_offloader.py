@@ -263,7 +263,8 @@ def test_the_last_running_request_gets_what_copies_hold(
 
 def test_memory_for_less_than_a_block_is_refused(machine: Callable[..., Machine]) -> None:
     """An option that is accepted and cannot hold a single request."""
-    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 0.1; it must be at least 3.28e-05 "):
+    least = f"{copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4 / 1e9:.3g}"
+    with pytest.raises(ConfigError, match=rf"^--sparsespec-host-memory-gb is 0.1; it must be at least {least} "):
         machine(host_blocks=0)
 
 

@@ -36,10 +36,10 @@ class FakeDevice:
 
     def queues(self) -> Queues:
         """Copies and rounds are queues; what the scheduler writes is written at once."""
-        schedule, copies, rounds = (self.queue() for _ in range(3))
-        # one runs far ahead of the other
-        self._favourite = self._rng.choice([copies, rounds])
-        return Queues(copies, rounds, lambda: schedule)
+        schedule, copies, beside, rounds = (self.queue() for _ in range(4))
+        # one runs far ahead of the others
+        self._favourite = self._rng.choice([copies, beside, rounds])
+        return Queues((copies, beside), rounds, lambda: schedule)
 
     def step(self) -> bool:
         """One step of one queue; False if nothing can go on."""
