@@ -105,9 +105,12 @@ def table(rows: Sequence[dict[str, Any]], by: Sequence[str], across: str) -> str
         of_key = [row for row in rows if tuple(row[name] for name in by) == key]
         shown = [f"{statistics.fmean(row['base_speedup'] for row in of_key if row[across] == columns[0]):.2f}"]
         for column in columns:
-            gains = [(row["gain"], row["best_of_all"]) for row in of_key if row[across] == column]
-            mean, best = (statistics.fmean(values) for values in zip(*gains, strict=True))
-            shown.append(f"{mean:+.1%} ({best:+.1%})")
+            cell = [row for row in of_key if row[across] == column]
+            mean = statistics.fmean(row["gain"] for row in cell)
+            # rows of a cell share texts, so their errors do not shrink together
+            error = statistics.fmean(row["standard_error"] for row in cell)
+            best = statistics.fmean(row["best_of_all"] for row in cell)
+            shown.append(f"{mean:+.1%} ± {error:.1%} ({best:+.1%})")
         lines.append("| " + " | ".join([*map(str, key), *shown]) + " |")
     return "\n".join(lines)
 

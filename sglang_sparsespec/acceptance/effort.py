@@ -129,6 +129,8 @@ class Gain(NamedTuple):
     speedup: float
     gain: float
     """Mean over halves of the ratio of both, less 1."""
+    standard_error: float
+    """Of the gain, over texts, each judged alone by what was chosen on the other half."""
     best_of_all: float
     """The same gain, chosen and judged on all texts: too good by what choosing among noisy values brings."""
     chosen: tuple[object, ...]
@@ -160,18 +162,20 @@ def gain(
     def best(among: Sequence[Choice], on: list[int]) -> Choice:
         return max(among, key=lambda choice: judge(choice, on))
 
-    found, bases, chosen = [], [], []
+    found, bases, chosen, by_text = [], [], [], []
     for seen, unseen in (both, both[::-1]):
-        chosen.append(best(choices, seen))
-        found.append(judge(chosen[-1], unseen))
-        bases.append(judge(best(base, seen), unseen))
+        mine, theirs = best(choices, seen), best(base, seen)
+        chosen.append(mine)
+        found.append(judge(mine, unseen))
+        bases.append(judge(theirs, unseen))
+        by_text += [judge(mine, [text]) / judge(theirs, [text]) for text in unseen]
     everything = [*both[0], *both[1]]
     top, base_top = (judge(best(among, everything), everything) for among in (choices, base))
-    ratios = [mine / theirs for mine, theirs in zip(found, bases, strict=True)]
     return Gain(
         statistics.fmean(bases),
         statistics.fmean(found),
-        statistics.fmean(ratios) - 1,
+        statistics.fmean(mine / theirs for mine, theirs in zip(found, bases, strict=True)) - 1,
+        statistics.stdev(by_text) / len(by_text) ** 0.5,
         top / base_top - 1,
         tuple(chosen),
     )

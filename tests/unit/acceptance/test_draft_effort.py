@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +116,15 @@ def test_the_choice_is_judged_on_texts_that_it_has_not_seen() -> None:
     assert halves([5, 1, 0, 2, 3, 4, 0]) == ([0, 1, 4, 5], [2, 3])
     # choice 1 shines on the first half only, choice 2 on the second
     values = {(0, True): 1.0, (0, False): 1.0, (1, True): 2.0, (1, False): 0.5, (2, True): 0.5, (2, False): 2.0}
-    found = gain([0], [0, 1, 2], range(4), lambda choice, texts: values[choice, 0 in texts] if len(texts) < 4 else 1.25)
+
+    def judge(choice: int, texts: list[int]) -> float:
+        return values[choice, texts[0] < 2] + 0.01 * texts[0] * (len(texts) == 1) if len(texts) < 4 else 1.25
+
+    found = gain([0], [0, 1, 2], range(4), judge)
     assert found.chosen == (1, 2)
     assert (found.base_speedup, found.speedup, found.gain, found.best_of_all) == (1.0, 0.5, -0.5, 0.0)
+    by_text = [0.52 / 1.02, 0.53 / 1.03, 0.5 / 1.0, 0.51 / 1.01]
+    assert found.standard_error == pytest.approx(statistics.stdev(by_text) / 2)
     with pytest.raises(ValueError, match="at least three texts"):
         gain([0], [0], [0, 1], lambda choice, texts: 1.0)
 
