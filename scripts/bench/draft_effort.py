@@ -72,7 +72,7 @@ def stop_rows(records: Sequence[dict[str, Any]], max_steps: int | None) -> list[
 
 
 def budget_rows(records: Sequence[dict[str, Any]], default_ratio: float) -> list[dict[str, Any]]:
-    """A row for each context, text, temperature, A over W and V over W."""
+    """A row for each context, text, temperature, A over W, V over W, and budget: the one by load, and each fixed."""
     rows = []
     kinds = {(tuple(r["prompt_tokens"]), r["text"], r["temperature"]): None for r in records}
     for context, text, temperature in kinds:
@@ -90,7 +90,8 @@ def budget_rows(records: Sequence[dict[str, Any]], default_ratio: float) -> list
                 )
                 about = {"context": max(context), "text": text, "temperature": temperature}
                 about |= {"attention_over_weights": ratio, "verify_over_weights": verify, "default_share": default}
-                rows.append(about | cells(budget_gain(cost, traces, default)))
+                for name, shares in [("by load", None), *((f"{share:.1%}", [share]) for share in traces)]:
+                    rows.append(about | {"budget": name} | cells(budget_gain(cost, traces, default, shares)))
     return rows
 
 
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         by, across = ["machine", "batch", "context"], "way"
     else:
         rows = budget_rows(records, args.default_ratio)
-        by, across = ["context", "verify_over_weights"], "attention_over_weights"
+        by, across = ["context", "verify_over_weights", "budget"], "attention_over_weights"
     if args.output is not None:
         with args.output.open("a") as file:
             file.write("".join(json.dumps({"question": args.question, **row}) + "\n" for row in rows))

@@ -211,13 +211,16 @@ class StopStudy:
         return self._rounds[key]
 
 
-def budget_gain(cost: RoundCost, traces: Mapping[float, Trace], default: float) -> Gain:
-    """Of the best budget and k over the best k at the default budget, which is among them.
+def budget_gain(
+    cost: RoundCost, traces: Mapping[float, Trace], default: float, shares: Sequence[float] | None = None
+) -> Gain:
+    """Of the best budget and k over the best k at the default budget.
 
     Args:
         cost: of the load.
         traces: by share of the KV cache that drafts read, of the same texts.
         default: one of the shares.
+        shares: those to choose among; None: all, the budget that follows the load. One: a fixed budget.
     """
     by_half: dict[tuple[float, tuple[int, ...]], list[float]] = {}
 
@@ -232,5 +235,5 @@ def budget_gain(cost: RoundCost, traces: Mapping[float, Trace], default: float) 
 
     steps = range(traces[default].survival.shape[1] + 1)
     texts = traces[default].texts.tolist()
-    choices = [(share, num_steps) for share in traces for num_steps in steps]
+    choices = [(share, num_steps) for share in shares or list(traces) for num_steps in steps]
     return gain([(default, num_steps) for num_steps in steps], choices, texts, judge)

@@ -147,6 +147,12 @@ def test_budget_follows_what_is_scarce() -> None:
 
     assert chosen(1.0) == {0.2}
     assert chosen(50.0) == {0.02}
+    # a budget that does not follow is best at its own load only
+    fixed = [
+        budget_gain(RoundCost(weights_ms=1.0, attention_ms=a, overhead_ms=0.0), traces, 0.05, [0.2]).gain
+        for a in (1.0, 50.0)
+    ]
+    assert fixed[0] > 0 > fixed[1]
     same = {share: trace(0.9) for share in (0.05, 0.1)}
     assert budget_gain(RoundCost(weights_ms=1.0, attention_ms=3.0), same, 0.05).gain == 0.0
 
@@ -175,9 +181,11 @@ def test_script_writes_what_the_study_finds(script: Any, tmp_path: Path, capsys:
     traces.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert script.main(["budget", str(traces), "--output", str(rows)]) == 0
     found = [json.loads(line) for line in rows.read_text().splitlines()]
-    assert len(found) == 2 * len(script.RATIOS) * len(script.VERIFIES)
-    # nothing is accepted with the other budget
-    assert {row["gain"] for row in found} == {0.0}
+    # by load, and both budgets
+    assert len(found) == 3 * 2 * len(script.RATIOS) * len(script.VERIFIES)
+    # nothing is accepted with the larger budget
+    assert {row["gain"] for row in found if row["budget"] in ("by load", "5.2%")} == {0.0}
+    assert min(row["gain"] for row in found if row["budget"] == "10.2%") < -0.3
     assert capsys.readouterr().out.startswith("own text, mean of greedy, T=0.6")
     script.LOADS, script.THRESHOLDS = ((1, 131072), (128, 2800)), (0.5,)
     traces.write_text(json.dumps(records[0]) + "\n")
