@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_sparsespec import config as cfg
 from sglang_sparsespec.acceptance import plot, report
 from sglang_sparsespec.acceptance.settings import CAPTURES, Setting, cross
+from sglang_sparsespec.acceptance.traces import SIGNALS
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.speculation.cost_model import RoundCost
 
@@ -64,6 +65,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         shown = " ".join(map(str, default))
         option = "--" + name.replace("_", "-")
         crossed.add_argument(option, type=kind, nargs="+", choices=choices, default=default, help=f"(default: {shown})")
+    stopping = parser.add_argument_group("stopping a request's drafts early; a second table")
+    stopping.add_argument(
+        "--stop-confidence",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="no draft behind one below P; 0: never",
+    )
+    stopping.add_argument(
+        "--stop-signal", nargs="+", choices=SIGNALS, default=["top1"], help="what is compared with P (default: top1)"
+    )
     costs = parser.add_argument_group("cost model, for the best k; both W and A, in ms")
     costs.add_argument("--weights-ms", type=float, metavar="W", help="a plain decode step without attention")
     costs.add_argument("--attention-ms", type=float, metavar="A", help="the attention of a plain decode step")
@@ -73,6 +86,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     machine.add_argument("--dtype", default=None, help="float32 (default on cpu), bfloat16 (default on cuda), float16")
     machine.add_argument("--threads", type=int, help="of torch on a CPU")
     machine.add_argument("--output", type=Path, help="JSON lines, appended as settings are done")
+    machine.add_argument("--traces", type=Path, help="JSON lines, appended: every round, draft by draft")
     machine.add_argument("--plot", type=Path, help="picture; needs matplotlib")
     return parser.parse_args(argv)
 
@@ -95,6 +109,8 @@ def check(args: argparse.Namespace) -> RoundCost | None:
         raise ConfigError("--length", min(args.length), "at least 1", "Raise it.")
     if min(args.temperature) < 0:
         raise ConfigError("--temperature", min(args.temperature), "0 or more", "0 is greedy.")
+    if any(not 0 <= threshold <= 1 for threshold in args.stop_confidence):
+        raise ConfigError("--stop-confidence", args.stop_confidence, "between 0 and 1", "It is a probability.")
     if args.plot is not None:
         plot.check_available()
     if args.weights_ms is None:
@@ -147,12 +163,17 @@ def run(args: argparse.Namespace, settings: list[Setting]) -> Iterator[list[Meas
 
 
 def append(args: argparse.Namespace, found: Sequence[Measurement], cost: RoundCost | None) -> None:
-    """Add to the output file, setting by setting: what is measured survives whatever ends the run."""
+    """Add to the output files, setting by setting: what is measured survives whatever ends the run."""
     origin = report.about(
         args.model, args.device, dtype=args.dtype, prompt_tokens=args.length, new_tokens=args.new_tokens
     )
-    with args.output.open("a") as file:
-        file.write(report.json_lines(report.records(found, cost, origin)))
+    stopping = (args.stop_signal, args.stop_confidence)
+    if args.output is not None:
+        with args.output.open("a") as file:
+            file.write(report.json_lines(report.records(found, cost, origin, stopping)))
+    if args.traces is not None:
+        with args.traces.open("a") as file:
+            file.write(report.json_lines(report.trace_records(found, origin)))
 
 
 def say(text: str) -> None:
@@ -167,12 +188,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         measurements: list[Measurement] = []
         for found in run(args, settings):
             measurements += found
-            if args.output is not None:
-                append(args, found, cost)
+            append(args, found, cost)
     except ValueError as error:
         say(f"error: {error}")
         return 2
     print(report.table(measurements, cost))
+    if args.stop_confidence:
+        print()
+        print(report.stop_table(measurements, args.stop_signal, args.stop_confidence))
     if args.plot is not None:
         plot.draw(measurements, cost, args.plot)
     return 0

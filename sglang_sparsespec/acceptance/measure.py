@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_sparsespec.acceptance.rounds import Drafter
+from sglang_sparsespec.acceptance.traces import Recorder
 from sglang_sparsespec.speculation.acceptance import Acceptance, accept_chain, accept_greedy
 from sglang_sparsespec.speculation.distribution import sample
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.acceptance.model import PagedModel
     from sglang_sparsespec.acceptance.rounds import Prompts, RoundLogits
     from sglang_sparsespec.acceptance.settings import Setting
+    from sglang_sparsespec.acceptance.traces import Trace
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Measurement:
     read_share: float
     """Mean over rounds of the share of the KV cache that a draft step selects."""
     seconds: float
+    trace: Trace
+    """The rounds behind all this, with the draft's own confidence."""
 
     @property
     def accept_lengths(self) -> list[float]:
@@ -122,6 +126,7 @@ def measure_forced(
         device=model.device,
     )
     passed: dict[float, list[torch.Tensor]] = {temperature: [] for temperature in temperatures}
+    recorders = {temperature: Recorder(temperature) for temperature in temperatures}
     shares = []
     for start in range(0, num_rounds * width, width):
         tokens = ahead[:, start : start + width]
@@ -129,7 +134,9 @@ def measure_forced(
         shares += [setting.read_share(kv_len) for kv_len in committed.tolist()]
         logits = drafter.round(rows, committed, tokens[:, 0], lambda step, _, tokens=tokens: tokens[:, step + 1])  # type: ignore[misc]
         for temperature in temperatures:
-            passed[temperature].append(overlap(logits.drafts, logits.target[:, :-1], temperature).cpu())
+            rates = overlap(logits.drafts, logits.target[:, :-1], temperature)
+            passed[temperature].append(rates.cpu())
+            recorders[temperature].add(rows, logits.drafts, rates.cumprod(dim=-1))
     seconds = time.monotonic() - started
     return [
         Measurement(
@@ -137,13 +144,14 @@ def measure_forced(
             "forced",
             temperature,
             # [num_rounds, num_reqs, k] -> by text
-            torch.stack(rates).cumprod(dim=-1).mean(dim=0).tolist(),
-            torch.stack(rates).mean(dim=(0, 1)).tolist(),
+            torch.stack(by_round).cumprod(dim=-1).mean(dim=0).tolist(),
+            torch.stack(by_round).mean(dim=(0, 1)).tolist(),
             [num_rounds] * len(windows),
             statistics.fmean(shares),
             seconds,
+            recorders[temperature].trace(),
         )
-        for temperature, rates in passed.items()
+        for temperature, by_round in passed.items()
     ]
 
 
@@ -193,6 +201,8 @@ def measure_own(
     rounds = torch.zeros(num_reqs, dtype=torch.int64)
     # [num_reqs, k + 1]: rounds with so many correct drafts
     outcomes = torch.zeros(num_reqs, num_steps + 1, dtype=torch.int64)
+    recorder = Recorder(temperature)
+    positions = torch.arange(num_steps, device=model.device)
     shares = []
     while True:
         # the token from the prefill, and what rounds accepted
@@ -205,6 +215,7 @@ def measure_own(
         acceptance = sampler.accept(logits)
         current[rows] = acceptance.bonus_tokens
         committed[rows] += acceptance.accept_lens
+        recorder.add(rows, logits.drafts, positions < acceptance.accept_lens[:, None] - 1)
         rounds[rows.cpu()] += 1
         outcomes[rows.cpu(), acceptance.accept_lens.cpu().long() - 1] += 1
     # [num_reqs, k]: rounds with at least j correct drafts
@@ -219,4 +230,5 @@ def measure_own(
         rounds.tolist(),
         statistics.fmean(shares),
         time.monotonic() - started,
+        recorder.trace(),
     )

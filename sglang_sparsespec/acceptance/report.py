@@ -75,6 +75,21 @@ def table(measurements: Sequence[Measurement], cost: RoundCost | None) -> str:
     return "\n".join(lines)
 
 
+def stop_table(measurements: Sequence[Measurement], signals: Sequence[str], thresholds: Sequence[float]) -> str:
+    """Markdown: what stopping a request below each threshold would have changed; `Trace.stopped`."""
+    varied = varied_options(measurements)
+    header = ["setting", "text", "sampling", "signal", "stop below", "drafts made", "accept length"]
+    header += ["fallen drafts saved", "standing drafts lost"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for m in sorted(measurements, key=lambda m: (m.text, m.temperature)):
+        for found in (m.trace.stopped(signal, threshold) for signal in signals for threshold in thresholds):
+            cells = [setting_name(m, varied), TEXT_NAMES[m.text], temperature_name(m.temperature), found.signal]
+            cells += [f"{found.threshold:g}", f"{found.drafts_made:.2f}", f"{found.accept_length:.2f}"]
+            cells += [f"{found.saved:.0%}", f"{found.lost:.0%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _rate(accept_rates: Sequence[float], position: int) -> str:
     if position > len(accept_rates) or math.isnan(accept_rates[position - 1]):
         return "-"
@@ -94,8 +109,17 @@ def plus_minus(value: float, error: float, *, signed: bool = False) -> str:
     return text if math.isnan(error) else f"{text} ± {error:.2f}"
 
 
-def records(measurements: Sequence[Measurement], cost: RoundCost | None, about: dict[str, Any]) -> list[dict[str, Any]]:
-    """One JSON object a measurement. `accept_length` counts the bonus token, `survival` and `accept_rates` do not."""
+def records(
+    measurements: Sequence[Measurement],
+    cost: RoundCost | None,
+    about: dict[str, Any],
+    stopping: tuple[Sequence[str], Sequence[float]] = ((), ()),
+) -> list[dict[str, Any]]:
+    """One JSON object a measurement. `accept_length` counts the bonus token, `survival` and `accept_rates` do not.
+
+    Args:
+        stopping: signals and thresholds, as `stop_table` takes them.
+    """
     found = []
     for m in measurements:
         record = {
@@ -115,8 +139,30 @@ def records(measurements: Sequence[Measurement], cost: RoundCost | None, about: 
         if cost is not None and m.setting.knows_cost:
             best, speedup = cost.best_num_steps(m.mean_survival, m.read_share)
             record["best_num_steps"], record["speedup_at_best"] = best, round(speedup, 3)
+        signals, thresholds = stopping
+        if signals and thresholds:
+            rules = (m.trace.stopped(signal, threshold) for signal in signals for threshold in thresholds)
+            record["stopping"] = [
+                {name: round(value, 4) if isinstance(value, float) else value for name, value in rule._asdict().items()}
+                for rule in rules
+            ]
         found.append(record)
     return found
+
+
+def trace_records(measurements: Sequence[Measurement], about: dict[str, Any]) -> list[dict[str, Any]]:
+    """One JSON object a measurement, round by round: `Trace.record` beside what it belongs to."""
+    return [
+        {
+            **about,
+            **m.setting.options(),
+            "text": m.text,
+            "temperature": m.temperature,
+            "read_share": round(m.read_share, 4),
+            **m.trace.record(),
+        }
+        for m in measurements
+    ]
 
 
 def json_lines(found: Sequence[dict[str, Any]]) -> str:

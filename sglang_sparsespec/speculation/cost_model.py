@@ -7,7 +7,7 @@ acceptance came about. Reference: SparseSpec (arXiv:2512.01278), section 3. The 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,14 +27,36 @@ class GatheredCost:
     step_kv_ms: float
     """Of one token in the pool and one draft: s A / u by the token, sparse attention."""
 
-    def round_ms(self, num_steps: int, pool_tokens: float) -> float:
-        """`num_steps` drafts (0: a plain decode through the verify) and one verify, over so much KV in use."""
-        return self.fixed_ms + num_steps * self.step_ms + pool_tokens * (self.kv_ms + num_steps * self.step_kv_ms)
+    def round_ms(self, num_steps: float, pool_tokens: float, drafts_made: float | None = None) -> float:
+        """`num_steps` drafts (0: a plain decode through the verify) and one verify, over so much KV in use.
+
+        Args:
+            num_steps: draft steps that run for the batch; a mean may be given, for the formula is linear in it.
+            drafts_made: mean over requests, where some stop before the batch does: a step that runs without a request
+                saves its gather and nothing else. None: all go on to the end.
+        """
+        drafts = num_steps if drafts_made is None else drafts_made
+        return self.fixed_ms + num_steps * self.step_ms + pool_tokens * (self.kv_ms + drafts * self.step_kv_ms)
 
 
 def accept_length(survival: Sequence[float], num_steps: int) -> float:
     """Tokens that a round yields, bonus token counted; `survival[j - 1]`: that draft j and all before it stand."""
     return 1.0 + sum(survival[:num_steps])
+
+
+def verify_ms(rows: float, weights_ms: float, row_ms: float) -> float:
+    """V of a verify of so many rows, all requests together: reading the weights, or arithmetic, what takes longer."""
+    return max(weights_ms, rows * row_ms)
+
+
+def steps_of_batch(stopped_by: Sequence[float], batch: int) -> list[float]:
+    """Probability that a batch of independent requests drafts on for exactly j steps, until its last one has stopped.
+
+    Args:
+        stopped_by: entry j: probability that a request makes at most j drafts, j = 0 .. k; the last is 1.
+    """
+    all_stopped = [share**batch for share in stopped_by]
+    return [now - before for now, before in zip(all_stopped, [0.0, *all_stopped[:-1]], strict=True)]
 
 
 def speedup(accept_length: float, round_ms: float, plain_ms: float) -> float:
@@ -68,9 +90,21 @@ class RoundCost:
             step_kv_ms=read_share * self.attention_ms / self.gather_efficiency,
         )
 
-    def round_ms(self, num_steps: int, read_share: float) -> float:
-        """k drafts that read `read_share` of the KV cache each, one verify with capture."""
-        return self.gathered(read_share).round_ms(num_steps, 1.0)
+    def round_ms(self, num_steps: float, read_share: float, drafts_made: float | None = None) -> float:
+        """k drafts that read `read_share` of the KV cache each, one verify with capture; `GatheredCost.round_ms`."""
+        return self.gathered(read_share).round_ms(num_steps, 1.0, drafts_made)
+
+    def unified_round_ms(self, num_forwards: float, read_share: float, drafts_made: float) -> float:
+        """A request's round in the unified schedule: mixed forwards that cost a draft's weights each.
+
+        Args:
+            num_forwards: from one verify of a request to its next; k + 1 where phases are fixed, one more than it
+                drafted where it could be verified as soon as it stops.
+            read_share: share of the KV cache that a draft reads.
+            drafts_made: mean over requests.
+        """
+        mixed = replace(self, verify_ms=self.weights_ms + self.overhead_ms)
+        return mixed.round_ms(num_forwards - 1, read_share, drafts_made)
 
     def speedup(self, num_steps: int, read_share: float, accept_length: float) -> float:
         """Tokens per time over plain decoding's; `accept_length` counts the bonus token."""

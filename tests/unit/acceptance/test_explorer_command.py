@@ -6,10 +6,12 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from sglang_sparsespec.acceptance import cli, report
 from sglang_sparsespec.acceptance.measure import Measurement
 from sglang_sparsespec.acceptance.settings import Setting, cross
+from sglang_sparsespec.acceptance.traces import Trace
 from sglang_sparsespec.config import SELECTIONS, SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.speculation.cost_model import RoundCost
@@ -17,6 +19,7 @@ from sglang_sparsespec.speculation.cost_model import RoundCost
 if TYPE_CHECKING:
     from pathlib import Path
 
+NO_ROUNDS = Trace(torch.zeros(0, dtype=torch.int64), *(torch.zeros(0, 2) for _ in range(3)))
 QUICK = ["--requests", "2", "--length", "40", "60", "--new-tokens", "8", "--min-budget", "16", "--num-steps", "3"]
 
 
@@ -130,7 +133,7 @@ def test_table_compares_with_the_first_row_of_a_kind() -> None:
     def make(selection: str, text: str, length: float, rates: list[float]) -> Measurement:
         survival = [[length - 1, 0.0], [length - 1, 0.0]]
         setting = Setting(SparseSpecConfig(num_steps=2, selection=selection))
-        return Measurement(setting, text, 0.0, survival, rates, [3, 4], 0.05, 1.0)
+        return Measurement(setting, text, 0.0, survival, rates, [3, 4], 0.05, 1.0, NO_ROUNDS)
 
     rows = report.table(
         [

@@ -15,6 +15,7 @@ from sglang_sparsespec.acceptance.measure import Measurement, _Sampler, measure_
 from sglang_sparsespec.acceptance.model import PagedModel
 from sglang_sparsespec.acceptance.rounds import Drafter, Prompts, RoundLogits, prefill
 from sglang_sparsespec.acceptance.settings import Setting
+from sglang_sparsespec.acceptance.traces import Trace
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.ops.paged_attention.reference import anchored_scores_reference
 
@@ -203,7 +204,8 @@ def test_measurement_statistics() -> None:
     """Standard errors over rounds, which are correlated, would promise too much."""
 
     def make(survival: list[list[float]]) -> Measurement:
-        return Measurement(setting(), "own", 0.0, survival, [0.0] * 3, [1] * len(survival), 0.1, 0.0)
+        rounds = Trace(torch.arange(len(survival)), *(torch.tensor(survival) for _ in range(3)))
+        return Measurement(setting(), "own", 0.0, survival, [0.0] * 3, [1] * len(survival), 0.1, 0.0, rounds)
 
     m, other = make([[1.0, 0.5, 0.5], [1.0, 1.0, 1.0]]), make([[0.5, 0.0, 0.0], [1.0, 0.5, 0.5]])
     assert m.accept_lengths == [3.0, 4.0]

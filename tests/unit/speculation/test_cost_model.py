@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from sglang_sparsespec.speculation.cost_model import RoundCost
+from sglang_sparsespec.speculation.cost_model import RoundCost, steps_of_batch, verify_ms
 
 COST = RoundCost(weights_ms=2.0, attention_ms=10.0, gather_efficiency=0.5, capture_share=0.2, overhead_ms=0.5)
 
@@ -29,3 +31,45 @@ def test_best_k_weighs_acceptance_against_time() -> None:
     assert speedup == max(by_hand) == by_hand[best - 1]
     # where weights dominate, drafting with them does not pay
     assert RoundCost(weights_ms=10.0, attention_ms=0.1).best_num_steps(survival, 0.05)[1] < 1.0
+
+
+def test_a_request_that_stops_saves_its_gather_alone() -> None:
+    """A step that still runs for others counted as saved makes every early stop pay."""
+    full = COST.round_ms(4, 0.05)
+    # per draft that is not made: s A / u
+    assert full - COST.round_ms(4, 0.05, 2.5) == pytest.approx(1.5 * 0.05 * 10.0 / 0.5)
+    assert COST.round_ms(4, 0.05, 4) == full
+    # where the step loop ends for all, W and o as well
+    assert full - COST.round_ms(3, 0.05) == pytest.approx(2.0 + 0.5 + 0.05 * 10.0 / 0.5)
+    assert full > COST.round_ms(4, 0.05, 2.5) > COST.round_ms(2.5, 0.05)
+
+
+def test_unified_round_has_no_wide_verify() -> None:
+    """k + 1 forwards at a draft's weights; V of the lockstep verify counted as well would hide what it saves."""
+    slow_verify = RoundCost(weights_ms=2.0, attention_ms=10.0, verify_ms=7.0, gather_efficiency=0.5, overhead_ms=0.5)
+    by_hand = 5 * 2.5 + 4 * 0.05 * 10.0 / 0.5 + 10.0 * 1.1
+    assert slow_verify.unified_round_ms(5, 0.05, 4) == pytest.approx(by_hand)
+    # phases that stay: the forwards are run; phases that move: they are not
+    assert slow_verify.unified_round_ms(5, 0.05, 2) == pytest.approx(by_hand - 2 * 0.05 * 10.0 / 0.5)
+    assert slow_verify.unified_round_ms(3, 0.05, 2) == pytest.approx(by_hand - 2 * (0.05 * 10.0 / 0.5 + 2.5))
+
+
+def test_verify_reads_weights_or_multiplies() -> None:
+    """A narrow verify is not cheaper than the weights."""
+    assert verify_ms(9, 8.0, 0.02) == 8.0
+    assert verify_ms(1152, 8.0, 0.02) == pytest.approx(23.04)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+def test_steps_of_a_batch_are_those_of_its_last_request(batch: int) -> None:
+    """The mean of requests in the place of their maximum: a batch of 128 would look as free as one request."""
+    shares = [0.1, 0.4, 0.2, 0.3]
+    stopped_by = [sum(shares[: j + 1]) for j in range(4)]
+    found = steps_of_batch(stopped_by, batch)
+    assert sum(found) == pytest.approx(1.0)
+    if batch == 1:
+        assert found == pytest.approx(shares)
+    rng = random.Random(batch)
+    drawn = [max(rng.choices(range(4), shares, k=batch)) for _ in range(4000)]
+    mean = sum(j * share for j, share in enumerate(found))
+    assert sum(drawn) / len(drawn) == pytest.approx(mean, abs=0.06)
