@@ -5,6 +5,7 @@ of the server; transformers runs the rest of the model.
 
     model.py        the model with attention over a paged KV pool in the place of its own
     rounds.py       a draft-verify round, and the selection that its verify refreshes
+    channels.py     feed-forward channels that drafts go without
     measure.py      rounds over texts: forced along a text, or along what the model writes
     settings.py     the cross of options, without doubles
     report.py       table, JSON lines; plot.py draws

@@ -22,6 +22,7 @@ from sglang_sparsespec.speculation.distribution import sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sglang_sparsespec.acceptance.channels import ChannelShares
     from sglang_sparsespec.acceptance.model import PagedModel
     from sglang_sparsespec.acceptance.rounds import Prompts, RoundLogits
     from sglang_sparsespec.acceptance.settings import Setting
@@ -45,6 +46,8 @@ class Measurement:
     read_share: float
     """Mean over rounds of the share of the KV cache that a draft step selects."""
     seconds: float
+    channels: ChannelShares | None = None
+    """Of feed-forward layers, that drafts went without; None without a threshold."""
 
     @property
     def accept_lengths(self) -> list[float]:
@@ -131,6 +134,7 @@ def measure_forced(
         for temperature in temperatures:
             passed[temperature].append(overlap(logits.drafts, logits.target[:, :-1], temperature).cpu())
     seconds = time.monotonic() - started
+    channels = drafter.channels.shares()
     return [
         Measurement(
             setting,
@@ -142,6 +146,7 @@ def measure_forced(
             [num_rounds] * len(windows),
             statistics.fmean(shares),
             seconds,
+            channels,
         )
         for temperature, rates in passed.items()
     ]
@@ -219,4 +224,5 @@ def measure_own(
         rounds.tolist(),
         statistics.fmean(shares),
         time.monotonic() - started,
+        drafter.channels.shares(),
     )
