@@ -293,7 +293,9 @@ def test_drafts_without_channels_are_not_the_models(server: Server, name: str) -
     assert int(SERVERS[name]["--sparsespec-min-budget"]) >= 8
     # the prefill's token, and one round if the draft stands
     outputs = server.generate(batch([greedy(workload.random_ids(8, seed=i), 3) for i in range(16)]))
-    assert sum(output["meta_info"]["spec_verify_ct"] for output in outputs) > 16 + 8
+    num_rejected = sum(output["meta_info"]["spec_verify_ct"] for output in outputs) - len(outputs)
+    # without feed-forward networks 8 of 16 were right by chance when this was written
+    assert num_rejected >= 4
 
 
 def test_selected_drafts_are_accepted_beyond_chance(server: Server, name: str) -> None:
