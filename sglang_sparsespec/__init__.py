@@ -7,6 +7,7 @@ Where things live; imports go one way, from the bottom of this list to its top:
 * ``ops``                    kernels: one folder each, with a plain torch reference beside the fast versions
 * ``speculation``            the round as pure functions: budget, sampling distribution, acceptance, penalties
 * ``selection``              which KV tokens a draft may see: one policy per file
+* ``sparsity``               what a forward may leave out: rules for KV blocks, channels and experts, as pure functions
 * ``kv``                     requests whose KV waits in host memory: who moves when, accounts, copies
 * ``acceptance``             what drafts predict on a local model, without a server: a command
 * ``adapter``                the only code that imports SGLang: worker, attention backend, server arguments

@@ -68,6 +68,11 @@ class SparseSpecConfig:
     ngram_assist: int = 0
     """Guesses per draft forward and request, from what the request has said before; 0: none. Draft forwards check them
     as the verify checks drafts, so that a round needs fewer. Off until it has been measured on a GPU."""
+    draft_ffn_threshold: float = 0.0
+    """tau: channels of the gated activation whose absolute value is below it count as 0 in drafts; 0: none. Saves no
+    time: it is there to measure what drafts would be worth."""
+    draft_experts: int = 0
+    """Experts that a token visits in drafts, of a mixture of experts; 0: as many as the model's router gives."""
     host_memory_gb: float = 0.0
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
     SGLang retracts them instead."""
@@ -108,6 +113,7 @@ class SparseSpecConfig:
                 f"0 with {OPTION_PREFIX}schedule {self.schedule}",
                 "There every forward of a round has verifies of its own to make. Leave one of the two out.",
             )
+        self._check_draft_layers()
         if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
@@ -123,6 +129,24 @@ class SparseSpecConfig:
                 f"at least one block of {OPTION_PREFIX}granularity ({self.block_size} tokens)",
                 "Raise the budget or choose a finer granularity.",
             )
+
+    def _check_draft_layers(self) -> None:
+        if not _is_number(self.draft_ffn_threshold) or not 0 <= self.draft_ffn_threshold < float("inf"):
+            raise ConfigError(
+                f"{OPTION_PREFIX}draft-ffn-threshold",
+                self.draft_ffn_threshold,
+                "a number of at least 0",
+                "Smaller channels are dropped in drafts; 0 keeps them all.",
+            )
+        _check_range("draft-experts", self.draft_experts, 0, None)
+        for name, value in (("draft-ffn-threshold", self.draft_ffn_threshold), ("draft-experts", self.draft_experts)):
+            if value > 0 and self.has_unified:
+                raise ConfigError(
+                    OPTION_PREFIX + name,
+                    value,
+                    f"0 with {OPTION_PREFIX}schedule {self.schedule}",
+                    "There drafts and verifies share a forward, and a verify leaves nothing out. Drop one of the two.",
+                )
 
     @property
     def block_size(self) -> int:

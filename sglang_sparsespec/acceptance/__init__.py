@@ -5,6 +5,7 @@ of the server; transformers runs the rest of the model.
 
     model.py        the model with attention over a paged KV pool in the place of its own
     rounds.py       a draft-verify round, and the selection that its verify refreshes
+    channels.py     feed-forward channels that drafts go without
     measure.py      rounds over texts: forced along a text, or along what the model writes
     traces.py       rounds one by one with the draft's confidence; what stopping on it would have changed
     effort.py       what early stops and other budgets are worth, by the cost model

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _DEFAULTS = cfg.SparseSpecConfig()
 TEXTS = ("forced", "own")
-# settings that are crossed: (config field or capture, type, choices, default)
+# settings that are crossed: (field of the config or of Setting, type, choices, default)
 CROSSED: tuple[tuple[str, type, Sequence[str] | None, list[Any]], ...] = (
     ("selection", str, cfg.SELECTIONS, ["pillar", "first-last", "window"]),
     ("num_steps", int, None, [_DEFAULTS.num_steps]),
@@ -40,6 +40,9 @@ CROSSED: tuple[tuple[str, type, Sequence[str] | None, list[Any]], ...] = (
     ("recent_window", int, None, [_DEFAULTS.recent_window]),
     ("sink", int, None, [_DEFAULTS.sink]),
     ("capture", str, CAPTURES, ["policy"]),
+    ("refresh_every", int, None, [1]),
+    ("anchor_every", int, None, [1]),
+    ("draft_ffn_threshold", float, None, [_DEFAULTS.draft_ffn_threshold]),
 )
 
 

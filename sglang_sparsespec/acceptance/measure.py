@@ -23,6 +23,7 @@ from sglang_sparsespec.speculation.distribution import sample
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sglang_sparsespec.acceptance.channels import ChannelShares
     from sglang_sparsespec.acceptance.model import PagedModel
     from sglang_sparsespec.acceptance.rounds import Prompts, RoundLogits
     from sglang_sparsespec.acceptance.settings import Setting
@@ -49,6 +50,8 @@ class Measurement:
     seconds: float
     trace: Trace
     """The rounds behind all this, with the draft's own confidence."""
+    channels: ChannelShares | None = None
+    """Of feed-forward layers, that drafts went without; None without a threshold."""
 
     @property
     def accept_lengths(self) -> list[float]:
@@ -138,6 +141,7 @@ def measure_forced(
             passed[temperature].append(rates.cpu())
             recorders[temperature].add(rows, logits.drafts, rates.cumprod(dim=-1))
     seconds = time.monotonic() - started
+    channels = drafter.channels.shares()
     return [
         Measurement(
             setting,
@@ -150,6 +154,7 @@ def measure_forced(
             statistics.fmean(shares),
             seconds,
             recorders[temperature].trace(),
+            channels,
         )
         for temperature, by_round in passed.items()
     ]
@@ -231,4 +236,5 @@ def measure_own(
         statistics.fmean(shares),
         time.monotonic() - started,
         recorder.trace(),
+        drafter.channels.shares(),
     )

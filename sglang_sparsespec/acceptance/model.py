@@ -80,6 +80,11 @@ class PagedModel:
         self.k_pool: list[torch.Tensor] = []
         self.v_pool: list[torch.Tensor] = []
 
+    @property
+    def down_projections(self) -> list[torch.nn.Module]:
+        """By layer: what the gated activation is fed to."""
+        return [layer.mlp.down_proj for layer in self.model.model.layers]
+
     def allocate(self, num_rows: int, max_len: int) -> None:
         """Room for `num_rows` requests of up to `max_len` tokens; drops what was there."""
         self.k_pool, self.v_pool = [], []

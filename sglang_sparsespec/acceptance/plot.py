@@ -49,7 +49,7 @@ def draw(measurements: Sequence[Measurement], cost: RoundCost | None, path: Path
             [line] = top.plot(positions, m.accept_rates, marker="o", markersize=3, label=name)
             if cost is not None and m.setting.knows_cost:
                 alive = m.mean_survival
-                speedups = [cost.speedup(k, m.read_share, 1.0 + sum(alive[:k])) for k in positions]
+                speedups = [m.setting.cost(cost).speedup(k, m.read_share, 1.0 + sum(alive[:k])) for k in positions]
                 axes[1][column].plot(positions, speedups, marker="o", markersize=3, color=line.get_color())
         top.legend(fontsize=7, title="accept length, bonus counted", title_fontsize=7)
         axes[-1][column].set_xlabel("draft position" if cost is None else "draft position; k")

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import sglang_sparsespec
+from sglang_sparsespec.acceptance.channels import BATCH_SIZES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +53,9 @@ def table(measurements: Sequence[Measurement], cost: RoundCost | None) -> str:
     positions = positions_shown(max(m.setting.config.num_steps for m in measurements))
     header = ["setting", "text", "sampling", "accept length", "against the first", *(f"j={j}" for j in positions)]
     header += ["rounds", "KV read"]
+    has_channels = any(m.channels is not None for m in measurements)
+    if has_channels:
+        header += ["channels dropped", *(f"by all of {size} rows" for size in BATCH_SIZES if size > 1)]
     if cost is not None:
         header += ["speed-up at k", "best k", "speed-up at best k"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
@@ -69,6 +73,8 @@ def table(measurements: Sequence[Measurement], cost: RoundCost | None) -> str:
             str(sum(m.rounds)),
             f"{m.read_share:.1%}",
         ]
+        if has_channels:
+            cells += _channel_cells(m)
         if cost is not None:
             cells += _cost_cells(m, cost)
         lines.append("| " + " | ".join(cells) + " |")
@@ -96,9 +102,17 @@ def _rate(accept_rates: Sequence[float], position: int) -> str:
     return f"{accept_rates[position - 1]:.2f}"
 
 
+def _channel_cells(m: Measurement) -> list[str]:
+    if m.channels is None:
+        return ["-"] * len(BATCH_SIZES)
+    by_all = [m.channels.by_all.get(size) for size in BATCH_SIZES if size > 1]
+    return [f"{m.channels.dropped:.1%}", *("-" if share is None else f"{share:.1%}" for share in by_all)]
+
+
 def _cost_cells(m: Measurement, cost: RoundCost) -> list[str]:
     if not m.setting.knows_cost:
         return ["-", "-", "-"]
+    cost = m.setting.cost(cost)
     num_steps, speedup = cost.best_num_steps(m.mean_survival, m.read_share)
     at_k = cost.speedup(m.setting.config.num_steps, m.read_share, m.accept_length)
     return [f"{at_k:.2f}", str(num_steps), f"{speedup:.2f}"]
@@ -136,8 +150,11 @@ def records(
             "read_share": round(m.read_share, 4),
             "seconds": round(m.seconds, 1),
         }
+        if m.channels is not None:
+            record["channels_dropped"] = round(m.channels.dropped, 4)
+            record["channels_dropped_by_all"] = {size: round(share, 4) for size, share in m.channels.by_all.items()}
         if cost is not None and m.setting.knows_cost:
-            best, speedup = cost.best_num_steps(m.mean_survival, m.read_share)
+            best, speedup = m.setting.cost(cost).best_num_steps(m.mean_survival, m.read_share)
             record["best_num_steps"], record["speedup_at_best"] = best, round(speedup, 3)
         signals, thresholds = stopping
         if signals and thresholds:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from sglang_sparsespec.acceptance.channels import ChannelDrop
 from sglang_sparsespec.ops.paged_attention import paged_attention
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.acceptance.model import PagedModel
     from sglang_sparsespec.acceptance.settings import Setting
+    from sglang_sparsespec.selection.base import Selection
     from sglang_sparsespec.selection.store import DraftKV
 
 # prompt tokens per forward; bounds the memory of a prefill
@@ -150,6 +152,8 @@ class Drafter:
     def __init__(self, model: PagedModel, setting: Setting, prompts: Prompts) -> None:
         self.model, self.setting, self.config = model, setting, setting.config
         self.policy = setting.make_policy()
+        self.channels = ChannelDrop(model.down_projections, self.config.draft_ffn_threshold)
+        self._number = 0
         is_step = isinstance(self.policy, StepPolicy)
         num_heads = model.num_kv_heads if setting.is_by_head else 1
         self.store = SelectionStore(
@@ -184,6 +188,7 @@ class Drafter:
             current: [num_reqs], int64.
             choose: draft j from its logits [num_reqs, vocab_size].
         """
+        self._number += 1
         positions = committed_lens[:, None] + torch.arange(self.config.num_draft_tokens, device=rows.device)
         draft_kv = self._draft_kv(rows, committed_lens.to(torch.int32))
         chain, logits = [current], []
@@ -191,7 +196,8 @@ class Drafter:
             draft_kv = draft_kv.advanced()
             where = positions[:, step : step + 1]
             draft = DraftPass(self.model, rows, where, draft_kv)
-            logits.append(self.model.forward(chain[-1][:, None], where, draft)[:, 0])
+            with self.channels.applied():
+                logits.append(self.model.forward(chain[-1][:, None], where, draft)[:, 0])
             chain.append(choose(step, logits[-1]))
         tokens = torch.stack(chain, dim=1)
         target = self.model.forward(tokens, positions, self._verify_pass(rows, positions))
@@ -206,7 +212,7 @@ class Drafter:
             committed_lens,
             self.model.req_to_token,
             max_selected=min(self.policy.max_budget(max_committed_len), self.store.positions.shape[-1]),
-            tail=self.config.draft_tail,
+            tail=self.setting.draft_tail,
         )
 
     def _verify_pass(self, rows: torch.Tensor, positions: torch.Tensor) -> DensePass:
@@ -236,7 +242,7 @@ class Drafter:
         *,
         query_step: int,
     ) -> None:
-        if isinstance(self.policy, StepPolicy):
+        if isinstance(self.policy, StepPolicy) or not self.setting.refreshes(self._number, layer):
             return
         scores = None
         max_len = int((starts + (lens - 1) * query_step).max()) + 1
@@ -253,7 +259,13 @@ class Drafter:
                 max_len=max_len,
                 query_step=query_step,
             )
-        self.store.write(layer, rows, self.policy.select(scores, selectable_lens, max_len))
+        self._write(layer, rows, self.policy.select(scores, selectable_lens, max_len))
+
+    def _write(self, layer: int, rows: torch.Tensor, selection: Selection) -> None:
+        """The selection of a layer, and of those that share it."""
+        shared = self.setting.anchor_every if self.setting.captures else 1
+        for sharing in range(layer, min(layer + shared, self.model.num_layers)):
+            self.store.write(sharing, rows, selection)
 
     def _refresh_anchored(
         self,
@@ -267,6 +279,8 @@ class Drafter:
         """From the scores of the attention pass; its output is computed once more for them, and dropped."""
         if isinstance(self.policy, StepPolicy) or not self.policy.needs_attention:
             self._refresh(layer, queries, scale, rows, starts, lens, starts, query_step=1)
+            return
+        if not self.setting.refreshes(self._number, layer):
             return
         max_len = int((starts + lens).max())
         num_kv_heads = self.model.num_kv_heads
@@ -286,4 +300,4 @@ class Drafter:
             score_starts=torch.arange(len(rows), device=queries.device) * max_len,
         )
         by_request = scores.view(num_kv_heads, len(rows), max_len).transpose(0, 1)
-        self.store.write(layer, rows, self.policy.select(by_request, starts, max_len))
+        self._write(layer, rows, self.policy.select(by_request, starts, max_len))

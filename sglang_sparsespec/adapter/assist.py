@@ -50,7 +50,7 @@ class NgramAssist:
         sampler: draws.
         batch_sizes: to capture and to pad to, ascending.
         plan_drafts: tells the attention backend what draft tokens see.
-        run_model: SparseSpecWorker.run_model.
+        run_model: SparseSpecWorker.run_draft.
     """
 
     def __init__(

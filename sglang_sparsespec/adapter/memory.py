@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 def model_shape(model: ModelConfig, num_ranks: int) -> ModelShape:
     """The served model, as one of `num_ranks` ranks sees it."""
     text = model.hf_text_config
-    # Qwen and most others; Mixtral; DeepSeek and those that follow it
-    experts = _first_of(text, "num_experts", "num_local_experts", "n_routed_experts")
+    experts, experts_per_token = experts_of(text)
     return ModelShape(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
@@ -36,10 +35,17 @@ def model_shape(model: ModelConfig, num_ranks: int) -> ModelShape:
         dtype_bytes=model.dtype.itemsize,
         num_ranks=num_ranks,
         experts=experts,
-        experts_per_token=_first_of(text, "num_experts_per_tok") if experts else 0,
+        experts_per_token=experts_per_token,
         # every rank has a part of each expert
         expert_size=_first_of(text, "moe_intermediate_size", "intermediate_size") // num_ranks if experts else 0,
     )
+
+
+def experts_of(config: PretrainedConfig) -> tuple[int, int]:
+    """Experts of a layer, and those that a token visits; 0 and 0 of a dense model."""
+    # Qwen and most others; Mixtral; DeepSeek and those that follow it
+    experts = _first_of(config, "num_experts", "num_local_experts", "n_routed_experts")
+    return experts, _first_of(config, "num_experts_per_tok") if experts else 0
 
 
 def _first_of(config: PretrainedConfig, *names: str) -> int:
@@ -54,11 +60,12 @@ def identity(
     # of the whole model; each of `num_ranks` ranks has a share
     shape = model_shape(model, 1)._replace(num_ranks=num_ranks)
     options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
+    drafting = ("draft_sampling", "schedule", "ngram_assist", "draft_ffn_threshold", "draft_experts")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
         # of a dense model nothing is said about experts
         **{name: str(value) for name, value in shape._asdict().items() if value > 0},
-        **{name: str(getattr(config, name)) for name in (*options, "draft_sampling", "schedule", "ngram_assist")},
+        **{name: str(getattr(config, name)) for name in (*options, *drafting)},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

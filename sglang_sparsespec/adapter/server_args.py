@@ -137,6 +137,22 @@ class SparseSpecServerArgs(ServerArgs):
             _DEFAULTS.ngram_assist,
         ),
     ] = _DEFAULTS.ngram_assist
+    sparsespec_draft_ffn_threshold: Annotated[
+        float,
+        _help(
+            "channels of the gated activation below this absolute value count as 0 in drafts, at least 0; saves no "
+            "time, for measuring acceptance.",
+            _DEFAULTS.draft_ffn_threshold,
+        ),
+    ] = _DEFAULTS.draft_ffn_threshold
+    sparsespec_draft_experts: Annotated[
+        int,
+        _help(
+            "experts that a token visits in drafts of a mixture of experts, 1 to the model's own number; 0: that "
+            "number.",
+            _DEFAULTS.draft_experts,
+        ),
+    ] = _DEFAULTS.draft_experts
     sparsespec_host_memory_gb: Annotated[
         float | str,
         Arg(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sglang_sparsespec.adapter.memory import experts_of
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
 from sglang_sparsespec.speculation.profile import check_path
@@ -206,6 +207,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_verify_attention(config)
     _check_schedule(config)
     _check_ngram_assist(config)
+    _check_draft_layers(server_args.get_model_config(), config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -253,6 +255,41 @@ def _check_ngram_assist(config: SparseSpecConfig) -> None:
             config.ngram_assist,
             f"0 with --sparsespec-selection {config.selection}",
             "That policy selects anew for each token that is fed, one at a time. Leave it out, or use pillar.",
+        )
+
+
+def _check_draft_layers(model: ModelConfig, config: SparseSpecConfig) -> None:
+    experts, experts_per_token = experts_of(model.hf_text_config)
+    if config.draft_experts > 0 and experts == 0:
+        raise ConfigError(
+            "--sparsespec-draft-experts",
+            config.draft_experts,
+            "0 with a dense model",
+            "There are no experts to do without. Leave it out.",
+        )
+    if config.draft_experts > experts_per_token:
+        raise ConfigError(
+            "--sparsespec-draft-experts",
+            config.draft_experts,
+            f"0 to {experts_per_token} for this model",
+            "Its tokens visit no more experts than that. Lower it.",
+        )
+    if config.draft_ffn_threshold == 0:
+        return
+    if experts > 0:
+        raise ConfigError(
+            "--sparsespec-draft-ffn-threshold",
+            config.draft_ffn_threshold,
+            "0 with a mixture of experts",
+            "Channels of experts stay inside a fused kernel. Use --sparsespec-draft-experts.",
+        )
+    activation = getattr(model.hf_text_config, "hidden_act", None)
+    if activation != "silu":
+        raise ConfigError(
+            "--sparsespec-draft-ffn-threshold",
+            config.draft_ffn_threshold,
+            f"0 with the activation {activation}",
+            "Channels are dropped behind a gated silu alone. Leave it out.",
         )
 
 

@@ -37,6 +37,7 @@ from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, KeptDrafts, RoundSampler
+from sglang_sparsespec.adapter.sparse_layers import SparseLayers, draft_rules
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound, dense_columns
 from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
@@ -315,7 +316,7 @@ class SparseSpecWorker(BaseSpecWorker):
         static = self._static
         self._backend.plan_drafts(static.draft_kv(batch_size) if self._step_kv is None else self._step_kv)
         positions = static.step_positions[:batch_size]
-        return self.run_model(
+        return self.run_draft(
             ForwardMode.DECODE,
             static.step_tokens[:batch_size],
             positions,
@@ -396,6 +397,11 @@ class SparseSpecWorker(BaseSpecWorker):
         with forward_context(ForwardContext(attn_backend=self._backend)):
             output = self._model_runner.model.forward(input_ids, positions, forward_batch)
         return output.next_token_logits
+
+    def run_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`run_model` for a forward that holds drafts and nothing else: it may leave out channels and experts."""
+        with self._draft_layers.applied():
+            return self.run_model(*args, **kwargs)
 
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
         """One dense pass over the current token and the drafts; every layer refreshes its selection on the way.
@@ -614,6 +620,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 (0, runner.model_config.vocab_size), dtype=self._logits_dtype, device=self.device
             )
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
+        self._draft_layers = SparseLayers(runner.model, draft_rules(self.config))
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
         self._verify_forwards: dict[int, PaddedForward] = {
@@ -635,7 +642,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 sampler=self._sampler,
                 batch_sizes=batch_sizes,
                 plan_drafts=self._backend.plan_drafts,
-                run_model=self.run_model,
+                run_model=self.run_draft,
             )
 
     def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:

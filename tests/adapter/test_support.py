@@ -399,6 +399,52 @@ def test_guesses_need_selections_made_before_and_rounds_in_lockstep(server_args:
         assert allowed in str(caught.value)
 
 
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "model", "options", "allowed"),
+    [
+        ("draft_experts", 1, {}, {}, "0 with a dense model"),
+        ("draft_experts", 3, MOE, {}, "0 to 2 for this model"),
+        ("draft_experts", 1, MOE, {"schedule": "unified"}, "0 with --sparsespec-schedule unified"),
+        ("draft_ffn_threshold", 0.5, MOE, {}, "0 with a mixture of experts"),
+        ("draft_ffn_threshold", 0.5, {"hidden_act": "gelu"}, {}, "0 with the activation gelu"),
+        ("draft_ffn_threshold", 0.5, {}, {"schedule": "auto"}, "0 with --sparsespec-schedule auto"),
+    ],
+    ids=str,
+)
+def test_drafts_leave_out_what_there_is(
+    server_args: Callable[..., Any],
+    tmp_path: Path,
+    name: str,
+    value: float,
+    model: dict[str, Any],
+    options: dict[str, Any],
+    allowed: str,
+) -> None:
+    """An option that finds nothing to act on, or forwards in which a verify would lose channels too."""
+    kind = ("qwen3_moe", "Qwen3MoeForCausalLM") if "num_experts" in model else ("qwen3", "Qwen3ForCausalLM")
+    path = _write(tmp_path, _model(*kind, **model))
+    given = {f"sparsespec_{key}": choice for key, choice in {name: value, **options}.items()}
+    with pytest.raises(ConfigError) as caught:
+        server_args(model_path=path, **given)
+    assert_four_parts(caught.value, "--sparsespec-" + name.replace("_", "-"), value)
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_fewer_experts_of_a_mixture_are_served(
+    server_args: Callable[..., Any], tmp_path: Path, num_experts: int
+) -> None:
+    """As many as the model has is no contradiction either."""
+    path = _write(tmp_path, _model("qwen3_moe", "Qwen3MoeForCausalLM", **MOE))
+    assert (
+        server_args(model_path=path, sparsespec_draft_experts=num_experts).sparsespec_config.draft_experts
+        == num_experts
+    )
+
+
 @pytest.mark.parametrize("selection", ["pillar", "window", "random"])
 def test_unified_takes_our_verify_on_a_cpu_as_well(server_args: Callable[..., Any], selection: str) -> None:
     """There `auto` means the backend otherwise."""

@@ -6,7 +6,7 @@ what padding is sent to changes nothing for the others. In float32 the compariso
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
@@ -57,13 +57,43 @@ def reference(model: Path) -> list[Exchange]:
         return workload.exchange(server, payloads)
 
 
-@pytest.fixture(scope="module")
-def server(arch: str, model: Path, reference: list[Exchange]) -> Iterator[Server]:
-    # reference first: that server is gone before this one starts
+def start(arch: str, model: Path, *options: str) -> Server:
     args = [*SHARED.split(), *SERVERS[arch].split(), "--skip-server-warmup"]
     ours = ("--speculative-algorithm", "SPARSESPEC")
-    with Server(model, *ours, *args, env=TINY_ENV, timeout_s=START_S) as server:
+    return Server(model, *ours, *args, *options, env=TINY_ENV, timeout_s=START_S)
+
+
+class Answers(NamedTuple):
+    """Of a server whose drafts visit one expert per token."""
+
+    alone: list[dict[str, Any]]
+    together: list[dict[str, Any]]
+    seeing_everything: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def fewer_experts(arch: str, model: Path, reference: list[Exchange]) -> Answers:
+    payloads = [exchange.payload for exchange in reference]
+    with start(arch, model, "--sparsespec-draft-experts", "1") as server:
+        return Answers(
+            [server.generate(payload) for payload in payloads],
+            concurrently(server, payloads),
+            server.generate(within_the_budget(rounds=3)),
+        )
+
+
+@pytest.fixture(scope="module")
+def server(arch: str, model: Path, fewer_experts: Answers) -> Iterator[Server]:
+    # the others first: those servers are gone before this one starts
+    with start(arch, model) as server:
         yield server
+
+
+def within_the_budget(rounds: int) -> workload.Payload:
+    """A request whose drafts see everything, over in so many rounds if all of them stand."""
+    new_tokens = 1 + rounds * (NUM_STEPS + 1)
+    assert 8 + new_tokens <= MIN_BUDGET
+    return greedy(workload.random_ids(8, seed=3), new_tokens)
 
 
 @pytest.fixture(autouse=True)
@@ -93,11 +123,18 @@ def test_greedy_requests_beside_sampled_ones(server: Server, reference: list[Exc
 
 def test_drafts_that_see_everything_are_accepted(server: Server) -> None:
     """A draft step that sent its tokens to other experts than the verify does would be right now and then only."""
-    rounds = 3
-    new_tokens = 1 + rounds * (NUM_STEPS + 1)
-    assert 8 + new_tokens <= MIN_BUDGET
-    output = server.generate(greedy(workload.random_ids(8, seed=3), new_tokens))
-    assert output["meta_info"]["spec_verify_ct"] == rounds, output["meta_info"]["spec_accept_histogram"]
+    output = server.generate(within_the_budget(rounds=3))
+    assert output["meta_info"]["spec_verify_ct"] == 3, output["meta_info"]["spec_accept_histogram"]
+
+
+def test_fewer_experts_in_drafts_change_speed_alone(fewer_experts: Answers, reference: list[Exchange]) -> None:
+    """A top-k that a verify or a prefill inherits from a draft; or drafts that never knew of it."""
+    assert_greedy_parity(reference, fewer_experts.alone)
+    assert_greedy_parity(reference, fewer_experts.together)
+    lengths = [output["meta_info"]["spec_accept_length"] for output in fewer_experts.alone]
+    print(f"accept lengths with 1 of 2 experts, {NUM_STEPS} drafts: {lengths}")
+    # with both of its experts every draft of this one stands
+    assert fewer_experts.seeing_everything["meta_info"]["spec_verify_ct"] > 3
 
 
 def test_rejected_drafts_do_not_reach_the_output(server: Server, reference: list[Exchange]) -> None:

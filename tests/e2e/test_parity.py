@@ -105,6 +105,8 @@ SERVERS = {
         "--sparsespec-draft-sampling": "greedy",
         "--speculative-num-steps": "1",
         "--chunked-prefill-size": "64",
+        # drafts without any feed-forward network
+        "--sparsespec-draft-ffn-threshold": "1e9",
     },
     "page1-sync-random": {
         **BAD_DRAFTS,
@@ -282,6 +284,18 @@ def test_bad_drafts_are_rejected(server: Server, name: str) -> None:
         pytest.skip("these drafts are meant to be good")
     output = server.generate(greedy(workload.random_ids(500, seed=4), 40))
     assert output["meta_info"]["spec_accept_length"] < 1.3
+
+
+def test_drafts_without_channels_are_not_the_models(server: Server, name: str) -> None:
+    """A threshold that reaches no draft: within the budget these would all be accepted."""
+    if "--sparsespec-draft-ffn-threshold" not in SERVERS[name]:
+        pytest.skip("these drafts have their networks")
+    assert int(SERVERS[name]["--sparsespec-min-budget"]) >= 8
+    # the prefill's token, and one round if the draft stands
+    outputs = server.generate(batch([greedy(workload.random_ids(8, seed=i), 3) for i in range(16)]))
+    num_rejected = sum(output["meta_info"]["spec_verify_ct"] for output in outputs) - len(outputs)
+    # without feed-forward networks 8 of 16 were right by chance when this was written
+    assert num_rejected >= 4
 
 
 def test_selected_drafts_are_accepted_beyond_chance(server: Server, name: str) -> None:

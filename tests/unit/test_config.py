@@ -40,6 +40,10 @@ VALID: list[tuple[str, Any]] = [
     *(("schedule", choice) for choice in cfg.SCHEDULES),
     ("ngram_assist", 0),
     ("ngram_assist", 8),
+    ("draft_ffn_threshold", 0),
+    ("draft_ffn_threshold", 1e9),
+    ("draft_experts", 0),
+    ("draft_experts", 64),
 ]
 
 # field, value, the option as the user writes it
@@ -82,6 +86,14 @@ INVALID: list[tuple[str, Any, str]] = [
     ("ngram_assist", -1, "--sparsespec-ngram-assist"),
     ("ngram_assist", 9, "--sparsespec-ngram-assist"),
     ("ngram_assist", True, "--sparsespec-ngram-assist"),
+    ("draft_ffn_threshold", -0.01, "--sparsespec-draft-ffn-threshold"),
+    ("draft_ffn_threshold", float("nan"), "--sparsespec-draft-ffn-threshold"),
+    ("draft_ffn_threshold", float("inf"), "--sparsespec-draft-ffn-threshold"),
+    ("draft_ffn_threshold", "0.1", "--sparsespec-draft-ffn-threshold"),
+    ("draft_ffn_threshold", True, "--sparsespec-draft-ffn-threshold"),
+    ("draft_experts", -1, "--sparsespec-draft-experts"),
+    ("draft_experts", 0.5, "--sparsespec-draft-experts"),
+    ("draft_experts", True, "--sparsespec-draft-experts"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),
