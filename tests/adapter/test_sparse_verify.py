@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
@@ -13,6 +13,10 @@ from sglang_sparsespec.selection import POLICIES
 from sglang_sparsespec.selection.store import SelectionStore
 from sglang_sparsespec.sparsity import attention
 from sglang_sparsespec.sparsity.block_lists import BlockRule
+from sglang_sparsespec.speculation.memory import LIST_ENTRY_BYTES, num_bytes, plan_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
 
@@ -196,3 +200,33 @@ def test_pools_of_other_layouts_are_refused() -> None:
     assert heads_end_to_end(pool[:, 0, :1]).shape == (5, 1, 4)
     with pytest.raises(ValueError, match="evenly spaced"):
         heads_end_to_end(pool[:, 0])
+
+
+@pytest.mark.parametrize("rule", [BlockRule(0.25, DENSE_BELOW, BLOCK), BlockRule(1.0, 0, BLOCK)], ids=str)
+def test_lists_are_in_the_memory_plan(server_args: Callable[..., Any], batch: Batch, rule: BlockRule) -> None:
+    """On a card whatever the plan forgets is taken from the KV pool's margin, until it runs out."""
+    from sglang_sparsespec.adapter.memory import model_shape, round_shape
+
+    lossy = {"verify_sparsity": ["attention"], "allow_lossy": True, "dense_verify_every": 2}
+    options = {"verify_kv_ratio": rule.ratio, "verify_dense_below": rule.dense_below, "verify_block_size": BLOCK}
+    args = server_args(**{f"sparsespec_{name}": value for name, value in {**lossy, **options}.items()})
+    sizes: dict[str, Any] = {"max_reqs": 8, "batch_sizes": (4, 8), "shares_heads": True}
+    more: dict[str, Any] = {"logits_dtype": torch.bfloat16, "device": torch.device("cpu")}
+    plans = {}
+    for config in (args.sparsespec_config, server_args(sparsespec_verify_attention="fused").sparsespec_config):
+        policy = POLICIES["pillar"](config)
+        shape = round_shape(args.get_model_config(), config, policy, **sizes, **more)
+        plans[bool(config.verify_sparsity)] = (shape, plan_memory(model_shape(args.get_model_config(), 1), shape, 1000))
+    shape, plan = plans[True]
+    lossless_shape, lossless = plans[False]
+    assert (lossless_shape.sparse_list_len, lossless_shape.has_both_verifies) == (0, False)
+    assert shape.sparse_list_len >= rule.list_len(shape.context_len, shape.width)
+    # two KV heads of eight requests
+    assert plan.forward - lossless.forward > LIST_ENTRY_BYTES * 8 * 2 * shape.sparse_list_len
+    assert plan.graphs == lossless.graphs * 3 // 2
+    verify = make_verify(batch, rule)
+    run(verify, batch)
+    lists = verify._lists
+    places = len(LENGTHS) * HEADS * rule.list_len(MAX_LEN, WIDTH)
+    # beside them their scores, as floats and as indices of columns, while they are spread
+    assert num_bytes([lists.slots, lists.positions]) + (4 + 4 + 3 * 8) * places <= LIST_ENTRY_BYTES * places
