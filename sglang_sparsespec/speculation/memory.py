@@ -336,7 +336,10 @@ def _list_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
     if rounds.sparse_list_len == 0:
         return 0
     num_lists = num_reqs * model.num_kv_heads
-    lists = LIST_ENTRY_BYTES * num_lists * rounds.sparse_list_len
+    row_tiles = num_row_tiles(rounds.width * (model.num_q_heads // model.num_kv_heads))
+    # each tile of query rows has its own scores where there are several
+    entry = LIST_ENTRY_BYTES + (4 * row_tiles if rounds.needs_scores and row_tiles > 1 else 0)
+    lists = entry * num_lists * rounds.sparse_list_len
     programs = num_select_programs(num_lists, rounds.num_kv_blocks, rounds.num_sms)
     choice = 4 * num_lists * rounds.num_kv_blocks + 8 * rounds.num_kv_blocks * programs
     by_head = 2 * num_reqs * rounds.width * model.num_q_heads * model.head_dim * model.dtype_bytes

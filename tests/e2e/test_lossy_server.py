@@ -27,7 +27,7 @@ OURS = "--speculative-algorithm SPARSESPEC --speculative-num-steps 3 --sparsespe
 LOSSY = (
     "--sparsespec-verify-sparsity attention --sparsespec-allow-lossy --sparsespec-verify-kv-ratio 0 "
     f"--sparsespec-verify-dense-below {DENSE_BELOW} --sparsespec-verify-block-size 16 "
-    "--sparsespec-dense-verify-every 3 --enable-metrics --cuda-graph-bs-decode 4 16"
+    "--sparsespec-dense-verify-every 3 --sparsespec-ngram-assist 2 --enable-metrics --cuda-graph-bs-decode 4 16"
 )
 HEADER = "x-sparsespec-lossy"
 
