@@ -62,6 +62,7 @@ def client(app: Any) -> Iterator[Callable[[str], Any]]:
     """Asks the app after the label and then an authorization have been put around it, as SGLang does."""
     from fastapi.testclient import TestClient
     from sglang.srt.utils.auth import add_api_key_middleware
+
     from sglang_sparsespec.patches.lossy import label_app
 
     label_app(app)
@@ -92,11 +93,38 @@ def test_responses_of_later_middleware_and_mounts_have_it(client: Any) -> None:
 def test_websockets_have_it(app: Any) -> None:
     """Another kind of start message."""
     from fastapi.testclient import TestClient
+
     from sglang_sparsespec.patches.lossy import label_app
 
     label_app(app)
     with TestClient(app).websocket_connect("/socket") as socket:
         assert (HEADER.encode(), b"1") in (socket.extra_headers or [])
+
+
+def test_every_route_of_the_host_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A route that SGLang mounts beside its app, or answers before it. Without a model behind it each ends in some
+    error, which is a response like any other."""
+    from fastapi.routing import APIRoute
+    from fastapi.testclient import TestClient
+    from sglang.srt.entrypoints import http_server
+
+    from sglang_sparsespec.patches.lossy import label_app
+
+    app = http_server.app
+    monkeypatch.setattr(http_server, "_global_state", None)
+    monkeypatch.setattr(app, "middleware_stack", None)
+    monkeypatch.setattr(app, "build_middleware_stack", app.build_middleware_stack)
+    label_app(app)
+    # not entered: the app's start-up belongs to a server
+    test_client = TestClient(app, raise_server_exceptions=False)
+    routes = [(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
+    assert {path for _, path in routes} >= {"/generate", "/v1/completions", "/v1/chat/completions", "/v1/responses"}
+    lost = []
+    for method, path in routes:
+        response = test_client.request(method, path, json=None if method == "GET" else {})
+        if response.headers.get_list(HEADER) != ["1"]:
+            lost.append((method, path, response.status_code))
+    assert lost == []
 
 
 def test_an_unlabelled_app_has_no_header(app: Any) -> None:
@@ -113,6 +141,7 @@ def test_the_server_labels_its_app_by_its_options(
     """The hook is in force and looks at the options of the server that starts."""
     from fastapi.testclient import TestClient
     from sglang.srt.entrypoints import http_server
+
     from sglang_sparsespec.patches import LEDGER, verify
 
     # a lossy server was resolved in this process: the patches are in force
