@@ -86,13 +86,3 @@ def list_positions(
     own = (lengths - num_read)[:, None, None] + place
     positions = committed.where(place < num_read[:, None, None], own)
     return BlockLists(positions.clamp_(max=max_position).int(), num_read.int())
-
-
-def share_of_context(rule: BlockRule, lengths: list[int]) -> float:
-    """Share of the committed tokens of some requests that a sparse verify reads; 1 without any."""
-    if not sum(lengths):
-        return 1.0
-    total = torch.tensor(lengths)
-    num_blocks = -(-total // rule.block_size)
-    skipped = (num_blocks - num_kept_blocks(total, **rule._asdict())) * rule.block_size
-    return 1.0 - float(skipped.sum()) / sum(lengths)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_sparsespec.sparsity import attention
-from sglang_sparsespec.sparsity.block_lists import BlockRule, list_positions, share_of_context
+from sglang_sparsespec.sparsity.block_lists import BlockRule, list_positions
 
 WIDTH = 3
 # padding, one token, around a block of 16, around L0 of 64, odd sizes
@@ -63,7 +63,6 @@ def test_a_ratio_of_one_or_a_high_bound_reads_everything() -> None:
         _, positions, num_read = listed(rule, LENGTHS, 333)
         assert num_read.tolist() == LENGTHS
         assert positions[-1, 1, : 333 + WIDTH].tolist() == list(range(333 + WIDTH))
-        assert share_of_context(rule, LENGTHS) == 1.0
 
 
 def test_a_low_ratio_reads_less() -> None:
@@ -73,8 +72,6 @@ def test_a_low_ratio_reads_less() -> None:
     # floor(1536 / 10) + 64 = 217 tokens: 14 blocks of 100
     assert num_read.tolist() == [14 * 16]
     assert positions.shape[-1] == 14 * 16 + WIDTH
-    assert share_of_context(rule, [1600]) == pytest.approx(0.14)
-    assert share_of_context(rule, []) == 1.0
 
 
 def test_the_width_of_a_list_covers_every_length() -> None:
