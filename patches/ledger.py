@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SUPPORTED_SGLANG = ("0.5.17",)
 
-Scope = Literal["always", "cpu", "sparsespec", "offload"]
+Scope = Literal["always", "cpu", "sparsespec", "offload", "lossy"]
 Kind = Literal["around", "before", "after", "replace", "value"]
 
 _HOOK_TYPES = {
@@ -49,7 +49,8 @@ class Patch:
     """A condition that someone can check."""
     scope: Scope
     """`always`: on load. `cpu`: on load, on a machine without an accelerator. `sparsespec`: with the algorithm only.
-    `offload`: with the algorithm and `--sparsespec-host-memory-gb` above 0, in scheduler processes."""
+    `offload`: with the algorithm and `--sparsespec-host-memory-gb` above 0, in scheduler processes.
+    `lossy`: with the algorithm and `--sparsespec-verify-sparsity`, in the parent process."""
     kind: Kind
     replacement: Any
     """Hook function (see SGLang's HookType), replacing class, or new value."""

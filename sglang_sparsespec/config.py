@@ -18,6 +18,11 @@ SHARINGS: Final = ("head", "layer")
 DRAFT_SAMPLINGS: Final = ("sampled", "greedy")
 VERIFY_ATTENTIONS: Final = ("auto", "backend", "fused")
 SCHEDULES: Final = ("lockstep", "unified", "auto")
+# ways to compute less in a verify, and the fields that belong to each; a new one is a line here and its fields
+SPARSITY_OPTIONS: Final = {
+    "attention": ("verify_kv_ratio", "verify_dense_below", "verify_block_size", "verify_anchors"),
+}
+VERIFY_SPARSITIES: Final = tuple(SPARSITY_OPTIONS)
 
 # docs/results.md, "Selection defaults": measured on SmolLM2-135M, real text.
 DEFAULT_RECENT_WINDOW: Final = 32
@@ -73,6 +78,20 @@ class SparseSpecConfig:
     time: it is there to measure what drafts would be worth."""
     draft_experts: int = 0
     """Experts that a token visits in drafts, of a mixture of experts; 0: as many as the model's router gives."""
+    verify_sparsity: tuple[str, ...] = ()
+    """Of VERIFY_SPARSITIES: what a verify computes less of (arXiv:2512.21911). It changes the output."""
+    allow_lossy: bool = False
+    """The user's consent to an output that is not the model's."""
+    verify_kv_ratio: float = 0.25
+    """rho: share of the committed tokens beyond `verify_dense_below` that a sparse verify reads. Arbitrary."""
+    verify_dense_below: int = 4096
+    """L0, tokens: contexts up to it are verified whole. Of the paper's three the one that costs least quality."""
+    verify_block_size: int = 16
+    """B, tokens: a sparse verify reads whole aligned blocks of so many."""
+    verify_anchors: str | None = None
+    """File that names the layers which choose blocks; the others reuse their choice. None: every layer chooses."""
+    dense_verify_every: int = 0
+    """Every so many rounds of the server the verify is dense; 0: never."""
     host_memory_gb: float = 0.0
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
     SGLang retracts them instead."""
@@ -114,6 +133,7 @@ class SparseSpecConfig:
                 "There every forward of a round has verifies of its own to make. Leave one of the two out.",
             )
         self._check_draft_layers()
+        self._check_sparsity()
         if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
@@ -148,6 +168,68 @@ class SparseSpecConfig:
                     "There drafts and verifies share a forward, and a verify leaves nothing out. Drop one of the two.",
                 )
 
+    def _check_sparsity(self) -> None:
+        modes = self.verify_sparsity
+        if (
+            not isinstance(modes, list | tuple)
+            or len(set(modes)) < len(modes)
+            or not set(modes) <= set(VERIFY_SPARSITIES)
+        ):
+            allowed = f"any of {', '.join(VERIFY_SPARSITIES)}, each once"
+            raise ConfigError(f"{OPTION_PREFIX}verify-sparsity", modes, allowed, "See docs/lossy.md.")
+        object.__setattr__(self, "verify_sparsity", tuple(modes))
+        if not isinstance(self.allow_lossy, bool):
+            raise ConfigError(
+                f"{OPTION_PREFIX}allow-lossy", self.allow_lossy, "True or False", "Leave it out for False."
+            )
+        if modes and not self.allow_lossy:
+            raise ConfigError(
+                f"{OPTION_PREFIX}verify-sparsity",
+                " ".join(modes),
+                f"left out without {OPTION_PREFIX}allow-lossy",
+                "With it the output is not the model's own any more. If that is what you want, and docs/lossy.md says "
+                f"when not to, add {OPTION_PREFIX}allow-lossy; otherwise drop the option.",
+            )
+        if self.allow_lossy and not modes:
+            raise ConfigError(
+                f"{OPTION_PREFIX}allow-lossy",
+                self.allow_lossy,
+                f"left out without {OPTION_PREFIX}verify-sparsity",
+                "Everything else is lossless. Drop it, or name what a verify may leave out.",
+            )
+        if not _is_number(self.verify_kv_ratio) or not 0 <= self.verify_kv_ratio <= 1:
+            raise ConfigError(
+                f"{OPTION_PREFIX}verify-kv-ratio",
+                self.verify_kv_ratio,
+                "in [0, 1]",
+                "It is the share of KV tokens that a sparse verify reads, not the share that it skips.",
+            )
+        _check_range("verify-dense-below", self.verify_dense_below, 0, None)
+        _check_range("verify-block-size", self.verify_block_size, 1, 1024)
+        if self.verify_anchors is not None and (not isinstance(self.verify_anchors, str) or not self.verify_anchors):
+            raise ConfigError(f"{OPTION_PREFIX}verify-anchors", self.verify_anchors, "a path", "Leave it out for none.")
+        _check_range("dense-verify-every", self.dense_verify_every, 0, None)
+        for mode, fields in SPARSITY_OPTIONS.items():
+            if mode not in modes:
+                self._refuse_fields(fields, f"{OPTION_PREFIX}verify-sparsity {mode}")
+        if not modes:
+            self._refuse_fields(("dense_verify_every",), f"{OPTION_PREFIX}verify-sparsity")
+        elif self.has_unified:
+            raise ConfigError(
+                f"{OPTION_PREFIX}schedule",
+                self.schedule,
+                f"lockstep with {OPTION_PREFIX}verify-sparsity",
+                "A forward with verifies of some requests alone has not been tested with it. Leave one of the two out.",
+            )
+
+    def _refuse_fields(self, names: tuple[str, ...], option: str) -> None:
+        """Raise for the first of some fields that is not as by default: they mean nothing without `option`."""
+        for name in names:
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                thing = OPTION_PREFIX + name.replace("_", "-")
+                raise ConfigError(thing, value, f"left out without {option}", "Add that, or drop the option.")
+
     @property
     def block_size(self) -> int:
         """Positions per selected unit."""
@@ -157,6 +239,20 @@ class SparseSpecConfig:
     def has_unified(self) -> bool:
         """Whether rounds may run by the unified schedule."""
         return self.schedule != "lockstep"
+
+    def is_sparse_round(self, round_ct: int) -> bool:
+        """Whether the verify of the server's `round_ct`-th round, from 1 on, may leave something out."""
+        if not self.verify_sparsity:
+            return False
+        return self.dense_verify_every == 0 or round_ct % self.dense_verify_every != 0
+
+    def describe_loss(self) -> dict[str, object]:
+        """What makes the output of a server another one than the model's, for people; empty if nothing does."""
+        if not self.verify_sparsity:
+            return {}
+        fields = [name for mode in self.verify_sparsity for name in SPARSITY_OPTIONS[mode]]
+        options = {name: getattr(self, name) for name in (*fields, "dense_verify_every")}
+        return {"verify_sparsity": list(self.verify_sparsity), **options}
 
     @property
     def num_draft_tokens(self) -> int:

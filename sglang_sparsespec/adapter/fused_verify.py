@@ -36,6 +36,8 @@ class FusedPlan(NamedTuple):
     """Columns of the queries: at least k + 1; those past it are padding too."""
     max_len: int
     """Bound of all positions, known to the host."""
+    is_sparse: bool = False
+    """Whether it may leave something out (`sparse_verify`); otherwise it is the model's own."""
 
 
 class FusedVerify:
@@ -93,6 +95,26 @@ class FusedVerify:
         waiting = layer.layer_id % self._scores.shape[0]
         scores = None if self._policy is None else self._scores[waiting]
         queries = q.reshape(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim)
+        attended = self._attend(queries, layer, scores, None if out is None else out.view(queries.shape))
+        is_last = layer.layer_id == self._num_layers - 1
+        if scores is not None and (is_last or waiting == self._scores.shape[0] - 1):
+            self._select(layer.layer_id - waiting, waiting + 1)
+        return attended.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
+
+    def _attend(
+        self, queries: torch.Tensor, layer: RadixAttention, scores: torch.Tensor | None, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Attention of [num_reqs, width, num_q_heads, head_dim], in the same shape.
+
+        Args:
+            queries: of all requests.
+            layer: of the model.
+            scores: [num_kv_heads, columns], float32, to fill with anchored scores from `_score_starts` on; None: none
+                are wanted.
+            out: where the result is written if given.
+        """
+        plan = self._plan
+        assert plan is not None
         attended, _ = paged_attention(
             queries,
             self._kv_pool.get_key_buffer(layer.layer_id),
@@ -106,12 +128,9 @@ class FusedVerify:
             anchored_scores=scores,
             score_starts=None if scores is None else self._score_starts,
             logit_cap=layer.logit_cap,
-            out=None if out is None else out.view(queries.shape),
+            out=out,
         )
-        is_last = layer.layer_id == self._num_layers - 1
-        if scores is not None and (is_last or waiting == self._scores.shape[0] - 1):
-            self._select(layer.layer_id - waiting, waiting + 1)
-        return attended.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
+        return attended
 
     def _select(self, first_layer: int, num_layers: int) -> None:
         plan = self._plan

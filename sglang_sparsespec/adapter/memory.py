@@ -8,7 +8,8 @@ import torch
 
 from sglang_sparsespec.ops._launch import num_multiprocessors
 from sglang_sparsespec.selection import SelectionPolicy
-from sglang_sparsespec.speculation.memory import ModelShape, RoundShape
+from sglang_sparsespec.sparsity.block_lists import BlockRule
+from sglang_sparsespec.speculation.memory import PAGE_TABLE_MARGIN, ModelShape, RoundShape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,9 +67,18 @@ def identity(
         # of a dense model nothing is said about experts
         **{name: str(value) for name, value in shape._asdict().items() if value > 0},
         **{name: str(getattr(config, name)) for name in (*options, *drafting)},
+        # only where there is any, so that profiles of lossless servers stay what they were
+        **{name: str(value) for name, value in config.describe_loss().items()},
         "attention_backend": attention_backend,
         "card": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def block_rule(config: SparseSpecConfig) -> BlockRule | None:
+    """What a sparse verify reads of a context; None: all of it."""
+    if "attention" not in config.verify_sparsity:
+        return None
+    return BlockRule(config.verify_kv_ratio, config.verify_dense_below, config.verify_block_size)
 
 
 def round_shape(
@@ -95,6 +105,9 @@ def round_shape(
         device: that it all lies on.
     """
     stores = isinstance(policy, SelectionPolicy)
+    rule = block_rule(config)
+    # the verify's bound is a row of the page table, which is longer than the context
+    table_len = model.context_len + PAGE_TABLE_MARGIN + 4 * config.num_draft_tokens
     return RoundShape(
         max_reqs=max_reqs,
         num_steps=config.num_steps,
@@ -111,4 +124,7 @@ def round_shape(
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
         num_guesses=config.ngram_assist,
         is_unified=config.has_unified,
+        sparse_list_len=0 if rule is None else rule.list_len(table_len, config.num_draft_tokens),
+        num_kv_blocks=0 if rule is None else -(-table_len // rule.block_size),
+        has_both_verifies=bool(config.verify_sparsity) and config.dense_verify_every > 0,
     )

@@ -92,6 +92,7 @@ class RoundMetrics:
         num_steps: k.
         is_reporting_rank: one rank of a tensor-parallel group speaks.
         is_fused: whether score capture and selection are part of the verify.
+        is_lossy: whether the output may differ from the model's.
         on_report: called at every report, for others who report at the same interval.
     """
 
@@ -101,6 +102,7 @@ class RoundMetrics:
         num_steps: int,
         is_reporting_rank: bool,
         is_fused: bool,
+        is_lossy: bool = False,
         on_report: Callable[[], None] | None = None,
     ) -> None:
         self._on_report = on_report
@@ -109,6 +111,8 @@ class RoundMetrics:
         self._interval = server_args.decode_log_interval
         self._speaks = is_reporting_rank
         self._gauges = _gauges(server_args) if server_args.enable_metrics and is_reporting_rank else None
+        if self._gauges is not None:
+            self._gauges["lossy"].set(int(is_lossy))
         self._has_warned = False
         self._verifies = self._accept_tokens = 0
         self._window_verifies = self._window_accept_tokens = 0
@@ -203,6 +207,7 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
     texts = {
         "accept_length": "Completion tokens per verify over the last log interval, bonus token included.",
         "budget_share": "Share of the running requests' KV tokens that draft steps select.",
+        "lossy": "1 if the output may differ from the model's own (--sparsespec-verify-sparsity), else 0.",
         "memory_bytes": "Device memory reserved beside the KV pool, per rank, bytes.",
         "num_steps": "Drafts per round that the controller wants; with --sparsespec-adaptive only.",
         "predicted_speedup": "Tokens per time over plain decoding's, as the cost model expects; 0: unknown.",

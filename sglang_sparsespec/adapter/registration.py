@@ -63,6 +63,9 @@ class SparseSpecAlgorithm(CustomSpecAlgo):
         check_host()
         patches.apply(patches.LEDGER, "sparsespec")
         arguments.resolve(server_args)
+        if server_args.sparsespec_config.verify_sparsity:
+            # applied here and nowhere else, for what answers clients runs in this process; raises if it cannot be
+            patches.apply(patches.LEDGER, "lossy")
 
 
 def check_host() -> None:

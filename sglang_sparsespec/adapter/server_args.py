@@ -153,6 +153,44 @@ class SparseSpecServerArgs(ServerArgs):
             _DEFAULTS.draft_experts,
         ),
     ] = _DEFAULTS.draft_experts
+    sparsespec_verify_sparsity: Annotated[
+        list[str] | tuple[str, ...],
+        Arg(
+            help=_help(
+                "LOSSY, needs --sparsespec-allow-lossy: what a verify computes less of. attention: each KV head reads "
+                "the blocks of its context that score best (arXiv:2512.21911). docs/lossy.md says when not to use it.",
+                _DEFAULTS.verify_sparsity,
+            ),
+            choices=list(cfg.VERIFY_SPARSITIES),
+            nargs="+",
+        ),
+    ] = _DEFAULTS.verify_sparsity
+    sparsespec_allow_lossy: Annotated[
+        bool, _help("consent to an output that is not the model's own.", _DEFAULTS.allow_lossy)
+    ] = _DEFAULTS.allow_lossy
+    sparsespec_verify_kv_ratio: Annotated[
+        float,
+        _help(
+            "share of the committed tokens beyond --sparsespec-verify-dense-below that a sparse verify reads, [0, 1].",
+            _DEFAULTS.verify_kv_ratio,
+        ),
+    ] = _DEFAULTS.verify_kv_ratio
+    sparsespec_verify_dense_below: Annotated[
+        int, _help("contexts of up to so many tokens are verified whole.", _DEFAULTS.verify_dense_below)
+    ] = _DEFAULTS.verify_dense_below
+    sparsespec_verify_block_size: Annotated[
+        int, _help("tokens of a KV block that a sparse verify reads or skips.", _DEFAULTS.verify_block_size)
+    ] = _DEFAULTS.verify_block_size
+    sparsespec_verify_anchors: Annotated[
+        str | None,
+        _help(
+            "file that names the layers which choose blocks, for the others to reuse; without one every layer chooses.",
+            _DEFAULTS.verify_anchors,
+        ),
+    ] = _DEFAULTS.verify_anchors
+    sparsespec_dense_verify_every: Annotated[
+        int, _help("every so many rounds the verify is dense all the same; 0: never.", _DEFAULTS.dense_verify_every)
+    ] = _DEFAULTS.dense_verify_every
     sparsespec_host_memory_gb: Annotated[
         float | str,
         Arg(
@@ -266,7 +304,8 @@ def choose_verify_attention(config: SparseSpecConfig, device: str) -> SparseSpec
     """Resolve `auto`; anything else is the user's."""
     if config.verify_attention != "auto":
         return config
-    is_fused = (device != "cpu" or config.has_unified) and can_fuse(config)
+    needs_ours = config.has_unified or config.verify_sparsity
+    is_fused = (device != "cpu" or needs_ours) and can_fuse(config)
     return dataclasses.replace(config, verify_attention="fused" if is_fused else "backend")
 
 

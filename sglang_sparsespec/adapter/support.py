@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang_sparsespec.adapter.memory import experts_of
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy
+from sglang_sparsespec.sparsity.anchors_file import read_anchors
 from sglang_sparsespec.speculation.profile import check_path
 
 if TYPE_CHECKING:
@@ -208,6 +209,10 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_schedule(config)
     _check_ngram_assist(config)
     _check_draft_layers(server_args.get_model_config(), config)
+    if config.verify_sparsity:
+        _check_verify_sparsity(server_args, config)
+        _check_label(server_args)
+        _check_anchors(server_args.get_model_config(), config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -312,6 +317,57 @@ def _check_schedule(config: SparseSpecConfig) -> None:
             "Only our own kernel verifies some requests of a forward. Use --sparsespec-verify-attention fused with a "
             "policy that scores by all queries of a verify, or by none; or lockstep.",
         )
+
+
+def _check_verify_sparsity(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    if config.verify_attention != "fused":
+        raise ConfigError(
+            "--sparsespec-verify-sparsity",
+            " ".join(config.verify_sparsity),
+            f"left out with --sparsespec-verify-attention {config.verify_attention}, --sparsespec-selection "
+            f"{config.selection}",
+            "Only our own verify leaves anything out. Use --sparsespec-verify-attention fused with a policy that "
+            "scores by all queries of a verify, or by none.",
+        )
+    is_stored = isinstance(POLICIES[config.selection](config), SelectionPolicy)
+    # each is expected to work; whoever tests one takes it out
+    untested = (
+        ("--tp-size", server_args.tp_size, "1", server_args.tp_size == 1),
+        ("--sparsespec-adaptive", config.adaptive, "left out", not config.adaptive),
+        ("--sparsespec-host-memory-gb", config.host_memory_gb, "0", config.host_memory_gb == 0),
+        ("--sparsespec-selection", config.selection, "pillar, window or random", is_stored),
+    )
+    for option, value, allowed, is_tested in untested:
+        if not is_tested:
+            allowed = f"{allowed} with --sparsespec-verify-sparsity"
+            raise ConfigError(option, value, allowed, "The two have not been tested together. Leave one of them out.")
+
+
+def _check_label(server_args: ServerArgs) -> None:
+    """Refuse ways to the client on which a lossy answer would not be told from others."""
+    from sglang.srt.environ import envs
+
+    unlabelled = {
+        "--grpc-port": server_args.grpc_port,
+        "--smg-grpc-mode": server_args.smg_grpc_mode,
+        "--grpc-mode": server_args.grpc_mode,
+        "--encoder-only": server_args.encoder_only,
+        "--use-ray": server_args.use_ray,
+        "SGLANG_RUST_SERVER": envs.SGLANG_RUST_SERVER.get(),
+    }
+    for option, value in unlabelled.items():
+        if value:
+            raise ConfigError(
+                option,
+                value,
+                "left out with --sparsespec-verify-sparsity",
+                "Its answers would not say that they are lossy. Serve over SGLang's own HTTP server, or losslessly.",
+            )
+
+
+def _check_anchors(model: ModelConfig, config: SparseSpecConfig) -> None:
+    if config.verify_anchors is not None:
+        read_anchors(config.verify_anchors).check(model.hf_config.to_dict(), config.verify_block_size)
 
 
 def _check_backends(server_args: ServerArgs, attention_backends: tuple[str, str]) -> None:

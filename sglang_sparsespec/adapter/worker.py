@@ -28,7 +28,7 @@ from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
 from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
 from sglang_sparsespec.adapter.host_ranks import HostRanks
-from sglang_sparsespec.adapter.memory import identity, model_shape, round_shape
+from sglang_sparsespec.adapter.memory import block_rule, identity, model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
 from sglang_sparsespec.adapter.moves import RequestState
 from sglang_sparsespec.adapter.offload import Offloader
@@ -38,6 +38,7 @@ from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, KeptDrafts, RoundSampler
 from sglang_sparsespec.adapter.sparse_layers import SparseLayers, draft_rules
+from sglang_sparsespec.adapter.sparse_verify import SparseVerify
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound, dense_columns
 from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
@@ -45,6 +46,7 @@ from sglang_sparsespec.adapter.unified_state import UnifiedState
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
+from sglang_sparsespec.sparsity.anchors_file import read_anchors
 from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class RoundPlan(NamedTuple):
     """How the requests sample."""
     penalised: PenalisedRows | None
     """Requests with penalties."""
+    is_sparse: bool
+    """Whether the verify may leave something out, and the output is then not the model's."""
 
 
 def length_bound(req: Req, num_draft_tokens: int) -> int:
@@ -149,6 +153,7 @@ class SparseSpecWorker(BaseSpecWorker):
             self.config.num_steps,
             is_reporting_rank=self._host_ranks.leads,
             is_fused=self.config.verify_attention == "fused",
+            is_lossy=bool(self.config.verify_sparsity),
             on_report=None if self._offload_metrics is None else self._offload_metrics.report,
         )
         self._penalties = Penalties(self._model_runner.model_config.vocab_size, self.device)
@@ -159,6 +164,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self._unified: UnifiedRounds | None = None
         self._assist: NgramAssist | None = None
         self._kept: KeptDrafts | None = None
+        self._round_ct = 0
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
         self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks)
         self._metrics.watch(lambda: self._steps.status)
@@ -238,6 +244,8 @@ class SparseSpecWorker(BaseSpecWorker):
             bounds = [length_bound(req, self.config.num_draft_tokens) for req in batch.reqs]
         # what is allocated may pass the table; what a round writes does not
         limit = batch.req_to_token_pool.req_to_token.shape[1] - self.config.num_draft_tokens
+        # the same on all ranks: each counts every round
+        self._round_ct += 1
         return RoundPlan(
             steps=steps,
             rows=batch.req_pool_indices,
@@ -249,6 +257,7 @@ class SparseSpecWorker(BaseSpecWorker):
             batch_size=self._draft_step.padded(len(bounds)),
             rule=self._sampler.rule(batch),
             penalised=self._penalties.rows_of(batch),
+            is_sparse=self.config.is_sparse_round(self._round_ct),
         )
 
     def _draft(self, batch: ScheduleBatch, plan: RoundPlan) -> Drafts:
@@ -326,7 +335,7 @@ class SparseSpecWorker(BaseSpecWorker):
             lens=static.committed_lens[:batch_size],
         )
 
-    def _verify_body(self, width: int, batch_size: int) -> torch.Tensor:
+    def _verify_body(self, width: int, is_sparse: bool, batch_size: int) -> torch.Tensor:
         """Our own verify of `width` tokens per request; returns logits [batch_size * width, vocab_size]."""
         static = self._static
         assert self._backend.fused is not None
@@ -337,6 +346,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 static.num_queries[:batch_size],
                 width,
                 self._verify_max_len,
+                is_sparse,
             )
         )
         chain, positions, slots = static.verified(batch_size, width)
@@ -406,7 +416,7 @@ class SparseSpecWorker(BaseSpecWorker):
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
         """One dense pass over the current token and the drafts; every layer refreshes its selection on the way.
 
-        Overwrites the KV of positions [n, n + k] with exact values.
+        Overwrites the KV of positions [n, n + k] with exact values. Neither holds with --sparsespec-verify-sparsity.
         """
         chain = torch.cat([batch.spec_info.bonus_tokens.long()[:, None], drafts.tokens], dim=1)
         grammar_tree = GrammarTree.from_linear_chain(chain) if batch.has_grammar else None
@@ -434,10 +444,11 @@ class SparseSpecWorker(BaseSpecWorker):
     def _verify_fused(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
         # at a width that was captured; what a request has no token for is padding
         num_reqs, num_tokens = chain.shape
-        width = min(width for width in self._verify_forwards if width >= num_tokens)
+        forwards = self._sparse_forwards if plan.is_sparse else self._verify_forwards
+        width = min(width for width in forwards if width >= num_tokens)
         self._static.set_chain(chain, plan.batch_size)
         self._bound_verify(plan)
-        logits = self._verify_forwards[width](plan.batch_size)[: num_reqs * width]
+        logits = forwards[width](plan.batch_size)[: num_reqs * width]
         if width > num_tokens:
             logits = logits.view(num_reqs, width, -1)[:, :num_tokens].flatten(0, 1)
         if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
@@ -540,7 +551,8 @@ class SparseSpecWorker(BaseSpecWorker):
         """In the order in which they are captured: the widest verify first, for all share its memory."""
         forwards: list[PaddedForward] = []
         if self._backend.fused is not None:
-            forwards += self._verify_forwards.values()
+            # of two verifies of one width the sparse one holds more
+            forwards += [*self._sparse_forwards.values(), *self._verify_forwards.values()]
         if self._unified is not None:
             forwards.append(self._unified.forward)
         if self._assist is not None:
@@ -573,7 +585,7 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         fused = None
         if self.config.verify_attention == "fused":
-            fused = FusedVerify(runner, self._policy, self._store, num_columns=self.token_to_kv_pool_allocator.size)
+            fused = self._make_fused()
         dense = TorchPagedAttnBackend(runner) if self.device == "cpu" else runner.attn_backend
         self._backend = SparseSpecAttnBackend(
             dense,
@@ -598,6 +610,12 @@ class SparseSpecWorker(BaseSpecWorker):
             "layers" if self._shares_heads else "KV heads",
             self._store.num_bytes / 2**20,
         )
+        if self.config.verify_sparsity and self._host_ranks.leads:
+            logger.warning(
+                "SPARSESPEC is LOSSY: verifies leave out %s (--sparsespec-verify-sparsity), so the output is not the "
+                "model's own. docs/lossy.md says when not to use it.",
+                ", ".join(self.config.verify_sparsity),
+            )
         if self._policy.caution is not None:
             logger.warning("SPARSESPEC: --sparsespec-selection %s: %s.", self.config.selection, self._policy.caution)
 
@@ -623,14 +641,10 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_layers = SparseLayers(runner.model, draft_rules(self.config))
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
-        self._verify_forwards: dict[int, PaddedForward] = {
-            steps + 1: PaddedForward(
-                "verify" if steps == self.config.num_steps else f"verify k={steps}",
-                partial(self._verify_body, steps + 1),
-                batch_sizes,
-            )
-            for steps in reversed(self.config.step_choices)
-        }
+        has_sparse = bool(self.config.verify_sparsity)
+        has_dense = not has_sparse or self.config.dense_verify_every > 0
+        self._verify_forwards = self._make_verifies(batch_sizes, is_sparse=False) if has_dense else {}
+        self._sparse_forwards = self._make_verifies(batch_sizes, is_sparse=True) if has_sparse else {}
         if self.config.has_unified:
             self._unified = self._make_unified(max_reqs, batch_sizes)
         if self.config.ngram_assist > 0:
@@ -644,6 +658,26 @@ class SparseSpecWorker(BaseSpecWorker):
                 plan_drafts=self._backend.plan_drafts,
                 run_model=self.run_draft,
             )
+
+    def _make_verifies(self, batch_sizes: list[int], is_sparse: bool) -> dict[int, PaddedForward]:
+        """By width, the widest first."""
+        name = "sparse verify" if is_sparse else "verify"
+        return {
+            steps + 1: PaddedForward(
+                name if steps == self.config.num_steps else f"{name} k={steps}",
+                partial(self._verify_body, steps + 1, is_sparse),
+                batch_sizes,
+            )
+            for steps in reversed(self.config.step_choices)
+        }
+
+    def _make_fused(self) -> FusedVerify:
+        num_columns = self.token_to_kv_pool_allocator.size
+        rule = block_rule(self.config)
+        if rule is None:
+            return FusedVerify(self._model_runner, self._policy, self._store, num_columns)
+        anchors = None if self.config.verify_anchors is None else read_anchors(self.config.verify_anchors).anchors
+        return SparseVerify(self._model_runner, self._policy, self._store, num_columns, rule=rule, anchors=anchors)
 
     def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:
         req_to_token = self.req_to_token_pool.req_to_token
@@ -744,6 +778,7 @@ class SparseSpecWorker(BaseSpecWorker):
     def describe_rounds(self) -> dict[str, Any]:
         """For /server_info (patches/server_info.py)."""
         described = self._steps.describe()
+        described["lossy"] = self.config.describe_loss()
         if self._assist is not None:
             described["ngram_assist"] = self._assist.describe()
         return described

@@ -34,6 +34,9 @@ GRAPH_BYTES = 4 << 20
 ACCEPT_ELEMENT_BYTES = 38
 # and for each rank of a row where filters become floors: logit, index, probability, mass, cumulative mass, masks
 RANK_BYTES = 40
+# bytes that a sparse verify holds for each place of a list: its position, slot, both as indices while they are made,
+# and its score and the column that goes to; computed, not measured
+LIST_ENTRY_BYTES = 48
 # rows that an expert's own are padded to where the host's kernel sorts them by expert: its largest tile
 EXPERT_TILE_ROWS = 128
 # a row of the host's page table is longer than the context by what a decode step reserves, in whole pages; a bound
@@ -96,6 +99,12 @@ class RoundShape(NamedTuple):
     """Widths of a verify, in tokens of a request, that are captured beside k + 1."""
     num_guesses: int = 0
     """Of a draft forward and request; 0: none."""
+    sparse_list_len: int = 0
+    """Places of what a KV head reads in a sparse verify; 0: verifies are dense."""
+    num_kv_blocks: int = 0
+    """Blocks that a sparse verify scores in the longest context."""
+    has_both_verifies: bool = False
+    """Whether dense verifies are captured beside sparse ones."""
     is_unified: bool = False
     """Whether mixed forwards are captured as well, and drafts are kept from round to round."""
 
@@ -196,7 +205,8 @@ def _unified_bytes(rounds: RoundShape) -> int:
 
 def _num_forwards(rounds: RoundShape) -> int:
     """Kinds of forwards that are captured at each size: a draft, a verify of each width, and what options add."""
-    return 2 + len(rounds.narrower) + rounds.is_unified + (rounds.num_guesses > 0)
+    verifies = (1 + len(rounds.narrower)) * (1 + rounds.has_both_verifies)
+    return 1 + verifies + rounds.is_unified + (rounds.num_guesses > 0)
 
 
 def _guess_bytes(rounds: RoundShape) -> int:
@@ -282,6 +292,7 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     # the head's product; where ranks gather also this rank's part of it, and all parts before they stand in order
     head = model.vocab_size + (model.vocab_size + model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
     kernels = _split_bytes(model, rounds, num_reqs)
+    kernels += _list_bytes(model, rounds, num_reqs)
     if rounds.is_fused and rounds.needs_scores:
         kernels += _plane_bytes(model, rounds, num_tokens) + _select_bytes(model, rounds, num_reqs)
     widened = model.vocab_size * rounds.logits_bytes if rounds.logits_bytes > model.dtype_bytes else 0
@@ -318,6 +329,21 @@ def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
     verify = [split(num_rows, num_row_tiles(num_rows)) for num_rows in rows]
     # a mixed forward runs both, one after the other
     return split(group, 1) + max(verify) if rounds.is_unified else max([split(group, 1), *verify])
+
+
+def _list_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:
+    """Of a sparse verify: what KV heads read, scores of blocks and their choice, and queries and output by head."""
+    if rounds.sparse_list_len == 0:
+        return 0
+    num_lists = num_reqs * model.num_kv_heads
+    row_tiles = num_row_tiles(rounds.width * (model.num_q_heads // model.num_kv_heads))
+    # each tile of query rows has its own scores where there are several
+    entry = LIST_ENTRY_BYTES + (4 * row_tiles if rounds.needs_scores and row_tiles > 1 else 0)
+    lists = entry * num_lists * rounds.sparse_list_len
+    programs = num_select_programs(num_lists, rounds.num_kv_blocks, rounds.num_sms)
+    choice = 4 * num_lists * rounds.num_kv_blocks + 8 * rounds.num_kv_blocks * programs
+    by_head = 2 * num_reqs * rounds.width * model.num_q_heads * model.head_dim * model.dtype_bytes
+    return lists + choice + by_head
 
 
 def _plane_bytes(model: ModelShape, rounds: RoundShape, num_tokens: int) -> int:

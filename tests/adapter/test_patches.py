@@ -66,7 +66,7 @@ def test_every_patch_is_in_force(server_args: Callable[..., Any]) -> None:
     server_args()
     in_force = [p for p in patches.LEDGER if p.scope == "sparsespec" or (p.scope == "cpu" and is_plain_cpu_host())]
     patches.verify(in_force)
-    assert {p.scope for p in patches.LEDGER} == {"cpu", "sparsespec", "offload"}
+    assert {p.scope for p in patches.LEDGER} == {"cpu", "sparsespec", "offload", "lossy"}
 
 
 def test_every_entry_is_complete() -> None:

@@ -13,13 +13,24 @@ import pytest
 from sglang_sparsespec import config as cfg
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.sparsity.anchors_file import write_anchors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
 
 # every option, a value that is not its default
+LOSSY_VALUES: dict[str, Any] = {
+    "verify_sparsity": ("attention",),
+    "allow_lossy": True,
+    "verify_kv_ratio": 0.5,
+    "verify_dense_below": 2048,
+    "verify_block_size": 32,
+    "verify_anchors": "no-such-anchors.json",
+    "dense_verify_every": 4,
+}
 OTHER_VALUES: dict[str, Any] = {
     "budget_ratio": 0.1,
     "min_budget": 64,
@@ -37,6 +48,7 @@ OTHER_VALUES: dict[str, Any] = {
     "ngram_assist": 3,
     "draft_ffn_threshold": 0.05,
     "draft_experts": 1,
+    **LOSSY_VALUES,
     "host_memory_gb": 0.25,
 }
 
@@ -92,6 +104,18 @@ def test_prepare_server_args_builds_ours(tiny_qwen3_path: Any) -> None:
     assert args.sparsespec_config == on_cpu(budget_ratio=0.25, granularity="4")
 
 
+def test_the_command_line_takes_lossy_options(tiny_qwen3_path: Any) -> None:
+    """A list option that argparse hands over as one string, or as a list that no config equals."""
+    from sglang.srt.server_args import prepare_server_args
+
+    command = ["--model-path", str(tiny_qwen3_path), "--device", "cpu", "--speculative-algorithm", "SPARSESPEC"]
+    args = prepare_server_args([*command, "--sparsespec-allow-lossy", "--sparsespec-verify-sparsity", "attention"])
+    # only our own verify leaves anything out
+    expected = on_cpu(allow_lossy=True, verify_sparsity=("attention",), verify_attention="fused")
+    assert args.sparsespec_config == expected
+    assert pickle.loads(pickle.dumps(args)).sparsespec_config == expected
+
+
 def test_engine_takes_the_options_as_keywords() -> None:
     """Engine holds the class as an attribute from its own import."""
     from sglang.srt.entrypoints.engine import Engine
@@ -111,12 +135,22 @@ def test_defaults_resolve_to_the_default_config(server_args: Callable[..., Any])
     assert args.attention_backend == "torch_native"
 
 
-def test_every_option_reaches_the_config(server_args: Callable[..., Any]) -> None:
+def anchors_of(server_args: Callable[..., Any], path: Path, **changes: Any) -> str:
+    """An anchors file of the served model, with blocks of 32."""
+    model = server_args().get_model_config().hf_config.to_dict()
+    write_anchors(path / "anchors.json", model={**model, **changes}, block_size=32, anchors=[0, 2])
+    return str(path / "anchors.json")
+
+
+def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_path: Path) -> None:
     """An option that is parsed and dropped would be the worst kind of silence."""
     # a dense model has no experts; test_support.py asks for fewer of a mixture
-    values = {**OTHER_VALUES, "draft_experts": 0}
-    args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
-    assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **values)
+    written = {"verify_anchors": anchors_of(server_args, tmp_path), "draft_experts": 0}
+    # not all of them can be set together
+    for left_out in (("adaptive", "profile", "host_memory_gb"), LOSSY_VALUES):
+        values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}
+        args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
+        assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **values)
     assert args.speculative_num_draft_tokens == 4
 
 
@@ -227,3 +261,78 @@ def test_verify_attention_is_chosen_by_device_and_policy(device: str, selection:
     assert choose_verify_attention(asked, device).verify_attention == expected
     given = SparseSpecConfig(selection=selection, verify_attention="backend")
     assert choose_verify_attention(given, device) == given
+
+
+LOSSY = {"sparsespec_allow_lossy": True, "sparsespec_verify_sparsity": ["attention"]}
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"sparsespec_verify_attention": "backend"}, "left out with --sparsespec-verify-attention backend"),
+        ({"sparsespec_selection": "first-last"}, "--sparsespec-selection first-last"),
+    ],
+    ids=str,
+)
+def test_only_our_own_verify_is_sparse(server_args: Callable[..., Any], options: dict[str, str], allowed: str) -> None:
+    """The user's backend would verify densely under a lossy label."""
+    with pytest.raises(
+        ConfigError, match=r"^--sparsespec-verify-sparsity is 'attention'; it must be left out"
+    ) as caught:
+        server_args(**LOSSY, **options)
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("tp_size", 2),
+        ("sparsespec_adaptive", True),
+        ("sparsespec_host_memory_gb", 0.1),
+        ("sparsespec_selection", "quest"),
+    ],
+)
+def test_what_was_not_tested_with_a_sparse_verify_is_refused(
+    server_args: Callable[..., Any], option: str, value: Any
+) -> None:
+    """Lossy and wrong look alike."""
+    server_args(**{option: value})
+    with pytest.raises(
+        ConfigError, match=r"with --sparsespec-verify-sparsity\. The two have not been tested"
+    ) as caught:
+        server_args(**LOSSY, **{option: value})
+    assert str(caught.value).startswith(f"--{option.replace('_', '-')} is {value!r}; ")
+
+
+@pytest.mark.parametrize(("option", "value"), [("grpc_port", 50051), ("smg_grpc_mode", True)])
+def test_ways_to_the_client_without_the_label_are_refused(
+    server_args: Callable[..., Any], option: str, value: Any
+) -> None:
+    """Answers over gRPC have neither header nor meta_info."""
+    server_args(**{option: value})
+    with pytest.raises(ConfigError, match=r"left out with --sparsespec-verify-sparsity\. Its answers would not say"):
+        server_args(**LOSSY, **{option: value})
+
+
+def test_the_rust_server_is_refused(server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers instead of the process in which the label is."""
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(ConfigError, match=r"^SGLANG_RUST_SERVER is True; it must be left out with"):
+        server_args(**LOSSY)
+
+
+def test_anchors_of_another_model_or_block_size_are_refused(server_args: Callable[..., Any], tmp_path: Path) -> None:
+    """Another model's layers would choose for this one's, without a word."""
+    path = anchors_of(server_args, tmp_path)
+    server_args(**LOSSY, sparsespec_verify_anchors=path, sparsespec_verify_block_size=32)
+    with pytest.raises(
+        ConfigError, match=r"^--sparsespec-verify-anchors \(its block_size\) is 32; it must be the server"
+    ):
+        server_args(**LOSSY, sparsespec_verify_anchors=path)
+    path = anchors_of(server_args, tmp_path, hidden_size=7)
+    with pytest.raises(
+        ConfigError, match=r"^--sparsespec-verify-anchors \(its hidden_size\) is 7; it must be the served"
+    ):
+        server_args(**LOSSY, sparsespec_verify_anchors=path, sparsespec_verify_block_size=32)
+    with pytest.raises(ConfigError, match=r"^--sparsespec-verify-anchors \(its file\) is .no-such"):
+        server_args(**LOSSY, sparsespec_verify_anchors="no-such-anchors.json")

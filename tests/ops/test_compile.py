@@ -84,6 +84,15 @@ def test_attention_compiles(compiled: list[str], dtype: torch.dtype, head_dim: i
     assert (compiled.count("_attend_kernel"), compiled.count("_sparse_attend_kernel")) == (2, 3)
 
 
+@pytest.mark.parametrize(("dtype", "block_size"), [(torch.bfloat16, 16), (torch.float32, 100)])
+def test_block_scores_compile(compiled: list[str], dtype: torch.dtype, block_size: int) -> None:
+    from sglang_sparsespec.ops.block_scores.triton_impl import block_scores_triton
+
+    q, k, _, table, rows, lens, _ = paged(dtype, head_dim=80, group=3, num_queries=1)
+    block_scores_triton(q[:, 0], k, table, rows, lens, block_size=block_size, max_len=80)
+    assert compiled == ["_block_scores_kernel"]
+
+
 @pytest.mark.parametrize("share_heads", [False, True])
 @pytest.mark.parametrize(("granularity", "pooling"), [(1, 8), (16, 0)])
 def test_selection_compiles(compiled: list[str], granularity: int, pooling: int, share_heads: bool) -> None:

@@ -223,6 +223,25 @@ def test_anchored_scores_are_bounded(backend: str, device: torch.device) -> None
     assert scores[:, :128].max() > 0.2
 
 
+def test_a_kv_head_can_be_a_request_of_its_own(backend: str, device: torch.device) -> None:
+    """A sparse verify reads other positions in each head: one page table per head, and the pool's heads end to end."""
+    case = make_paged_case(SPANS, num_queries=4, num_kv_heads=2, group=3, head_dim=64, dtype=torch.float32)
+    table = case.req_to_token[case.req_pool_indices][:, None] * 2 + torch.arange(2, dtype=torch.int32)[:, None]
+    by_head = PagedCase(
+        case.q.unflatten(2, (2, 3)).transpose(1, 2).flatten(0, 1),
+        case.k_cache.flatten(0, 1)[:, None],
+        case.v_cache.flatten(0, 1)[:, None],
+        table.flatten(0, 1),
+        torch.arange(2 * len(SPANS)),
+        case.query_starts.repeat_interleave(2),
+        case.query_lens.repeat_interleave(2),
+    )
+    out, _ = implementation(backend)(*by_head.to(device), max_len=131, scale=0.125)
+    expected, _ = paged_attention_reference(*case, max_len=131, scale=0.125)
+    assert_output_close(out.cpu().unflatten(0, (-1, 2)).transpose(1, 2).flatten(2, 3), expected)
+    check_anchored(backend, device, by_head, max_len=131)
+
+
 def test_refuses_two_kinds_of_scores() -> None:
     """One of the two would be left out without a word."""
     case = make_paged_case([(4, 1)], num_queries=1, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)

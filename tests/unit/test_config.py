@@ -44,7 +44,28 @@ VALID: list[tuple[str, Any]] = [
     ("draft_ffn_threshold", 1e9),
     ("draft_experts", 0),
     ("draft_experts", 64),
+    ("verify_sparsity", ()),
+    *(("verify_sparsity", (mode,)) for mode in cfg.VERIFY_SPARSITIES),
+    ("allow_lossy", False),
+    ("allow_lossy", True),
+    ("verify_kv_ratio", 0),
+    ("verify_kv_ratio", 1.0),
+    ("verify_dense_below", 0),
+    ("verify_dense_below", 10**6),
+    ("verify_block_size", 1),
+    ("verify_block_size", 1024),
+    ("verify_anchors", "anchors.json"),
+    ("dense_verify_every", 0),
+    ("dense_verify_every", 1),
 ]
+# what an option that is not at its default needs beside it
+LOSSY = {"verify_sparsity": ("attention",), "allow_lossy": True}
+LOSSY_FIELDS = ("verify_kv_ratio", "verify_dense_below", "verify_block_size", "verify_anchors", "dense_verify_every")
+NEEDS: dict[str, dict[str, Any]] = {
+    "verify_sparsity": {"allow_lossy": True},
+    "allow_lossy": {"verify_sparsity": ("attention",)},
+    **dict.fromkeys(LOSSY_FIELDS, LOSSY),
+}
 
 # field, value, the option as the user writes it
 INVALID: list[tuple[str, Any, str]] = [
@@ -94,6 +115,24 @@ INVALID: list[tuple[str, Any, str]] = [
     ("draft_experts", -1, "--sparsespec-draft-experts"),
     ("draft_experts", 0.5, "--sparsespec-draft-experts"),
     ("draft_experts", True, "--sparsespec-draft-experts"),
+    ("verify_sparsity", "attention", "--sparsespec-verify-sparsity"),
+    ("verify_sparsity", ("heads",), "--sparsespec-verify-sparsity"),
+    ("verify_sparsity", ("attention", "attention"), "--sparsespec-verify-sparsity"),
+    ("verify_sparsity", None, "--sparsespec-verify-sparsity"),
+    ("allow_lossy", 1, "--sparsespec-allow-lossy"),
+    ("allow_lossy", None, "--sparsespec-allow-lossy"),
+    ("verify_kv_ratio", -0.1, "--sparsespec-verify-kv-ratio"),
+    ("verify_kv_ratio", 1.01, "--sparsespec-verify-kv-ratio"),
+    ("verify_kv_ratio", float("nan"), "--sparsespec-verify-kv-ratio"),
+    ("verify_kv_ratio", "0.5", "--sparsespec-verify-kv-ratio"),
+    ("verify_dense_below", -1, "--sparsespec-verify-dense-below"),
+    ("verify_dense_below", 0.5, "--sparsespec-verify-dense-below"),
+    ("verify_block_size", 0, "--sparsespec-verify-block-size"),
+    ("verify_block_size", 1025, "--sparsespec-verify-block-size"),
+    ("verify_anchors", 3, "--sparsespec-verify-anchors"),
+    ("verify_anchors", "", "--sparsespec-verify-anchors"),
+    ("dense_verify_every", -1, "--sparsespec-dense-verify-every"),
+    ("dense_verify_every", True, "--sparsespec-dense-verify-every"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("nan"), "--sparsespec-host-memory-gb"),
     ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),
@@ -116,14 +155,15 @@ def assert_four_parts(error: BaseException, thing: str, value: object) -> None:
 @pytest.mark.parametrize(("field", "value"), VALID, ids=str)
 def test_config_accepts_the_ends_of_every_range(field: str, value: Any) -> None:
     """A bound that is off by one would refuse what the documentation offers."""
-    assert getattr(SparseSpecConfig(**{field: value}), field) == value
+    needs = {} if value == getattr(SparseSpecConfig(), field) else NEEDS.get(field, {})
+    assert getattr(SparseSpecConfig(**{**needs, field: value}), field) == value
 
 
 @pytest.mark.parametrize(("field", "value", "option"), INVALID, ids=str)
 def test_config_refuses_what_lies_outside(field: str, value: Any, option: str) -> None:
     """Without the check a bad value would surface as a crash inside a scheduler, or as silently poor drafts."""
     with pytest.raises(ConfigError) as caught:
-        SparseSpecConfig(**{field: value})
+        SparseSpecConfig(**{**NEEDS.get(field, {}), field: value})
     assert_four_parts(caught.value, option, value)
 
 
@@ -191,3 +231,61 @@ def test_step_choices_are_few_and_end_at_k(num_steps: int, choices: tuple[int, .
     """Each choice is a graph per batch size; without 0 there is no plain decoding, without k no fixed one."""
     assert SparseSpecConfig(num_steps=num_steps, adaptive=True).step_choices == choices
     assert SparseSpecConfig(num_steps=num_steps).step_choices == (num_steps,)
+
+
+def test_a_lossy_mode_needs_consent() -> None:
+    """The whole point: nobody gets another output than the model's by one option."""
+    for mode in cfg.VERIFY_SPARSITIES:
+        with pytest.raises(ConfigError) as caught:
+            SparseSpecConfig(verify_sparsity=(mode,))
+        assert_four_parts(caught.value, "--sparsespec-verify-sparsity", mode)
+        assert "add --sparsespec-allow-lossy" in str(caught.value)
+
+
+def test_consent_without_a_lossy_mode_is_refused() -> None:
+    """It would do nothing now, and stay in a command line to which somebody adds a mode later."""
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(allow_lossy=True)
+    assert_four_parts(caught.value, "--sparsespec-allow-lossy", True)
+
+
+@pytest.mark.parametrize(("field", "value"), [(f, v) for f, v in VALID if f in LOSSY_FIELDS], ids=str)
+def test_parameters_of_a_mode_that_is_off_are_refused(field: str, value: Any) -> None:
+    """Accepted and ignored, they would make a lossless server look like a sparse one in a measurement."""
+    if value == getattr(SparseSpecConfig(), field):
+        return
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(**{field: value})
+    assert_four_parts(caught.value, f"--sparsespec-{field.replace('_', '-')}", value)
+    assert "left out without --sparsespec-verify-sparsity" in str(caught.value)
+
+
+def test_unified_rounds_are_refused_with_a_sparse_verify() -> None:
+    """Mixed forwards verify some requests alone, which has not been tested with lists."""
+    for schedule in ("unified", "auto"):
+        with pytest.raises(ConfigError) as caught:
+            SparseSpecConfig(schedule=schedule, **LOSSY)
+        assert_four_parts(caught.value, "--sparsespec-schedule", schedule)
+
+
+def test_every_nth_round_is_dense() -> None:
+    """Off by one, `--sparsespec-dense-verify-every 1` would have sparse rounds; a lossless server never has."""
+    rounds = range(1, 7)
+
+    def sparse(**options: Any) -> list[int]:
+        config = SparseSpecConfig(**options)
+        return [ct for ct in rounds if config.is_sparse_round(ct)]
+
+    assert sparse() == []
+    assert sparse(**LOSSY) == list(rounds)
+    assert sparse(**LOSSY, dense_verify_every=3) == [1, 2, 4, 5]
+    assert sparse(**LOSSY, dense_verify_every=1) == []
+
+
+def test_loss_is_described_with_its_parameters() -> None:
+    """A label that says less than what was set; and none at all on a server that is lossless."""
+    assert SparseSpecConfig().describe_loss() == {}
+    described = SparseSpecConfig(**LOSSY, verify_kv_ratio=0.5).describe_loss()
+    assert described["verify_sparsity"] == ["attention"]
+    assert described["verify_kv_ratio"] == 0.5
+    assert set(described) == {"verify_sparsity", *LOSSY_FIELDS}

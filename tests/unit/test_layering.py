@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "speculation": {"errors", "config", "ops"},
     "selection": {"errors", "config", "ops", "speculation"},
     "kv": {"errors", "config", "ops"},
-    "sparsity": {"errors"},
+    "sparsity": {"errors", "ops"},
     "patches": {"errors", "config", "request_options"},
     "acceptance": {"errors", "config", "ops", "speculation", "selection", "sparsity", "model_tools"},
     "adapter": {"errors", "config", "request_options", "ops", "speculation", "selection", "sparsity", "kv", "patches"},

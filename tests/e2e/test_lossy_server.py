@@ -1,0 +1,121 @@
+"""A lossy server: it says so wherever one looks, is exact where it reads everything, and is not where it does not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import requests
+
+from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from tests.e2e.conftest import TINY_ENV
+from tests.support import workload
+from tests.support.server import Server
+from tests.support.workload import assert_greedy_parity, concurrently
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.support.workload import ParityRecord
+
+pytestmark = pytest.mark.slow
+
+# contexts up to this are verified whole, and of longer ones no more is read
+DENSE_BELOW = 256
+OURS = "--speculative-algorithm SPARSESPEC --speculative-num-steps 3 --sparsespec-min-budget 32 --skip-server-warmup"
+LOSSY = (
+    "--sparsespec-verify-sparsity attention --sparsespec-allow-lossy --sparsespec-verify-kv-ratio 0 "
+    f"--sparsespec-verify-dense-below {DENSE_BELOW} --sparsespec-verify-block-size 16 "
+    "--sparsespec-dense-verify-every 3 --sparsespec-ngram-assist 2 --enable-metrics --cuda-graph-bs-decode 4 16"
+)
+HEADER = "x-sparsespec-lossy"
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model: Path, parity_record: ParityRecord, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    # parity_record first: the reference server is gone before this one starts
+    from transformers import AutoConfig
+
+    anchors = tmp_path_factory.mktemp("anchors") / "anchors.json"
+    model = AutoConfig.from_pretrained(tiny_model).to_dict()
+    write_anchors(anchors, model=model, block_size=16, anchors=[0, 2])
+    args = [*OURS.split(), *LOSSY.split(), "--sparsespec-verify-anchors", str(anchors)]
+    with Server(tiny_model, *args, env=TINY_ENV) as server:
+        yield server
+
+
+def is_read_whole(exchange: workload.Exchange) -> bool:
+    return len(exchange.payload["input_ids"]) + workload.NEW_TOKENS <= DENSE_BELOW
+
+
+def test_dense_limit_is_the_model_s_own_output(server: Server, parity_record: ParityRecord) -> None:
+    """Below the bound nothing is left out: a difference there is a fault and not sparsity. In batches with longer
+    requests, whose tokens must not reach the short ones."""
+    exchanges = parity_record.base
+    outputs = concurrently(server, [e.payload for e in exchanges], stagger_s=0.02)
+    short = [i for i, e in enumerate(exchanges) if is_read_whole(e)]
+    assert len(short) >= 10
+    assert_greedy_parity([exchanges[i] for i in short], [outputs[i] for i in short])
+    # the other way round: a mode that reads everything under a lossy label
+    longer = [i for i, e in enumerate(exchanges) if len(e.payload["input_ids"]) >= 2 * DENSE_BELOW - 16]
+    assert any(outputs[i]["output_ids"] != exchanges[i].response["output_ids"] for i in longer)
+    server.idle_check()
+
+
+def test_server_says_lossy_at_start_and_when_asked(server: Server) -> None:
+    """An operator looks at the log, /server_info or a dashboard, and never at a response."""
+    assert "SPARSESPEC is LOSSY: verifies leave out attention" in server.log_text()
+    shown = server.get("/server_info")
+    assert shown["sparsespec_config"]["verify_sparsity"] == ["attention"]
+    lossy = shown["internal_states"][0]["sparsespec"]["lossy"]
+    assert lossy["verify_sparsity"] == ["attention"]
+    assert (lossy["verify_kv_ratio"], lossy["dense_verify_every"]) == (0.0, 3)
+    metrics = requests.get(server.url + "/metrics", timeout=60).text
+    values = [line.split()[-1] for line in metrics.splitlines() if line.startswith("sglang:sparsespec_lossy{")]
+    assert list(map(float, values)) == [1.0]
+
+
+PROMPT = {"prompt": "abc", "max_tokens": 8, "temperature": 0}
+CHAT = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 8, "temperature": 0}
+GENERATE: dict[str, Any] = {
+    "input_ids": [5, 6, 7],
+    "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+}
+REQUESTS: dict[str, tuple[str, dict[str, Any] | None, int]] = {
+    "health": ("/health", None, 200),
+    "server_info": ("/server_info", None, 200),
+    "models": ("/v1/models", None, 200),
+    "metrics": ("/metrics", None, 200),
+    "nowhere": ("/no-such-route", None, 404),
+    "generate": ("/generate", GENERATE, 200),
+    "generate_stream": ("/generate", {**GENERATE, "stream": True}, 200),
+    "generate_refused": ("/generate", {**GENERATE, "custom_logit_processor": "{}"}, 400),
+    "completions": ("/v1/completions", PROMPT, 200),
+    "completions_stream": ("/v1/completions", {**PROMPT, "stream": True}, 200),
+    "chat": ("/v1/chat/completions", CHAT, 200),
+    "chat_stream": ("/v1/chat/completions", {**CHAT, "stream": True}, 200),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_response_has_the_header(server: Server, name: str) -> None:
+    """The client of an OpenAI route sees nothing but headers and text."""
+    path, payload, status = REQUESTS[name]
+    if payload is None:
+        response = requests.get(server.url + path, timeout=60)
+    else:
+        response = requests.post(server.url + path, json=payload, timeout=60, stream="stream" in name)
+    assert response.status_code == status, response.text
+    assert response.headers[HEADER] == "1"
+    assert response.text or name == "health"
+
+
+def test_meta_info_says_lossy_in_every_part(server: Server) -> None:
+    """Whoever stores outputs of /generate must be able to tell them apart later."""
+    long = {**GENERATE, "sampling_params": {**GENERATE["sampling_params"], "max_new_tokens": 64}}
+    parts = [server.generate(GENERATE), *server.stream("/generate", {**long, "stream": True})]
+    assert len(parts) > 2
+    for part in [*parts, *server.generate({**GENERATE, "input_ids": [[1, 2], [3, 4]]})]:
+        assert part["meta_info"]["sparsespec_lossy"] is True
+        assert part["meta_info"]["sparsespec_verify_sparsity"] == ["attention"]
