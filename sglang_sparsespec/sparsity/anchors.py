@@ -59,9 +59,11 @@ def choose_anchors(similarity: Sequence[Sequence[float]], num_anchors: int) -> t
     # served[a][end]: what anchor a is worth to layers a .. end - 1
     served = [[0.0] * (a + 1) + list(itertools.accumulate(similarity[a][a:])) for a in range(num_layers)]
     # best[start]: worth and anchors of layers start .. , whose first anchor is start
-    best = {start: (served[start][num_layers], (start,)) for start in range(num_layers)}
+    best: dict[int, tuple[float, tuple[int, ...]]] = {
+        start: (served[start][num_layers], (start,)) for start in range(num_layers)
+    }
     for _ in range(num_anchors - 1):
-        longer = {}
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
         for start in range(num_layers):
             ends = [end for end in range(start + 1, num_layers) if end in best]
             if ends:
@@ -70,8 +72,3 @@ def choose_anchors(similarity: Sequence[Sequence[float]], num_anchors: int) -> t
                 longer[start] = (served[start][end] + best[end][0], (start, *best[end][1]))
         best = longer
     return best[0][1]
-
-
-def anchor_of_layers(anchors: Sequence[int], num_layers: int) -> list[int]:
-    """[layers]: the anchor at or before each layer; `anchors` ascend from 0."""
-    return [max(anchor for anchor in anchors if anchor <= layer) for layer in range(num_layers)]

@@ -45,11 +45,6 @@ def test_a_number_of_anchors_that_layers_do_not_have(num_anchors: int) -> None:
         anchors.choose_anchors([[1.0] * 3] * 3, num_anchors)
 
 
-def test_layers_reuse_the_anchor_at_or_before_them() -> None:
-    """A later anchor has not chosen yet when a layer runs."""
-    assert anchors.anchor_of_layers((0, 3, 4), 7) == [0, 0, 0, 3, 4, 4, 4]
-
-
 def test_jaccard_by_hand() -> None:
     """Mean over cases, not over blocks; empty sets are equal."""
     kept = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]], [[0, 1, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]]).bool()
