@@ -48,7 +48,9 @@ def draw(found: Sequence[Quality], path: Path) -> None:
             points = [(getattr(quality, share), loss) for quality, (loss, _) in zip(shown, values, strict=True)]
             for quality, (x, y), (_, error) in zip(shown, points, values, strict=True):
                 name = setting_name(quality, ks)
-                panel.errorbar(x, y, yerr=error, marker="o", markersize=4, linestyle="none", label=name)
+                # a setting has one colour in all panels
+                look = {"marker": "o", "markersize": 4, "linestyle": "none", "color": f"C{found.index(quality)}"}
+                panel.errorbar(x, y, yerr=error, label=name, **look)
             panel.plot(*zip(*front(points), strict=True), color="grey", linewidth=1, zorder=0)
             panel.grid(alpha=0.3)
         axes[1][column].set_xlabel(SHARES[share])

@@ -22,7 +22,7 @@ EVERY_LAYER = "every-layer"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to verify; the defaults do without nothing.
+    """One way to verify; the defaults leave nothing out.
 
     Raises:
         ConfigError: for a value out of its bounds.
@@ -45,7 +45,7 @@ class Setting:
     moe_top_k: int = 0
     """Experts of a token that are kept, the heaviest; 0: those that the model says."""
     dense_every: int = 0
-    """Each n-th verify does without nothing, the first sparse one being number 1; 0: none."""
+    """Each n-th verify leaves nothing out; 0: none."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
