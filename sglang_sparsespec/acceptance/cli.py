@@ -1,4 +1,4 @@
-"""Acceptance of sparse drafts on a local Llama, Qwen2 or Qwen3 checkpoint: which policy, which budget, which k.
+"""Acceptance of sparse drafts on a local Llama, Qwen or Mixtral checkpoint: which policy, which budget, which k.
 
     python -m sglang_sparsespec.acceptance MODEL
     python -m sglang_sparsespec.acceptance MODEL --selection pillar --score-pooling 0 8 --sharing head layer

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ATTENTION = "sparsespec_acceptance"
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 
 
 class Pass(Protocol):
@@ -59,6 +59,9 @@ class PagedModel:
     def __init__(self, path: str | Path, *, device: str, dtype: torch.dtype) -> None:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if config.model_type == "mixtral" and config.sliding_window is not None:
+            # its configuration says so by a length alone
+            layer_types = {"sliding_attention"}
         if config.model_type not in MODEL_TYPES or layer_types != {"full_attention"}:
             raise ConfigError(
                 "the model's type",
@@ -100,6 +103,12 @@ class PagedModel:
         slots = self.req_to_token[rows[:, None], positions].long()
         self.k_pool[layer][slots] = k
         self.v_pool[layer][slots] = v
+
+    def kv(self, layer: int, rows: range, max_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of neighbouring rows, [rows, max_len, H, D], as views: `allocate` lays requests out one by one."""
+        shape = (*self.req_to_token.shape, self.num_kv_heads, self.head_dim)
+        k, v = (pool[layer].view(shape)[rows.start : rows.stop, :max_len] for pool in (self.k_pool, self.v_pool))
+        return k, v
 
     @torch.inference_mode()
     def forward(

@@ -186,14 +186,14 @@ def json_lines(found: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in found)
 
 
-def about(model: str, device: str, **measured: Any) -> dict[str, Any]:
-    """Where numbers come from."""
+def about(model: str, device: str, *, program: str = "sglang_sparsespec.acceptance", **measured: Any) -> dict[str, Any]:
+    """Where numbers come from; `program` is the module whose command line this is."""
     import torch
 
     card = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     return {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "command": " ".join(["python -m sglang_sparsespec.acceptance", *sys.argv[1:]]),
+        "command": " ".join(["python -m", program, *sys.argv[1:]]),
         "model": model,
         "machine": card,
         "versions": {

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "sparsity": {"errors", "ops"},
     "patches": {"errors", "config", "request_options"},
     "acceptance": {"errors", "config", "ops", "speculation", "selection", "sparsity", "model_tools"},
+    "quality": {"errors", "config", "ops", "sparsity", "acceptance", "model_tools"},
     "adapter": {"errors", "config", "request_options", "ops", "speculation", "selection", "sparsity", "kv", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "sparsity", "kv", "patches", "adapter"},
     "model_tools": set(),

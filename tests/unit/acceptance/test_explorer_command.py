@@ -83,13 +83,20 @@ def test_refusals_name_the_option(
     assert complaint in capsys.readouterr().err
 
 
-def test_other_architectures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "num_hidden_layers": 2},
+        {"model_type": "mixtral", "sliding_window": 4096, "num_hidden_layers": 2},
+    ],
+)
+def test_other_architectures_are_refused(
+    tmp_path: Path, config: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
     """A window that the explorer does not know would be attended as if it were none."""
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0, "num_hidden_layers": 2})
-    )
+    (tmp_path / "config.json").write_text(json.dumps(config))
     assert run(tmp_path) == 2
-    assert "qwen2 with sliding_attention" in capsys.readouterr().err
+    assert f"{config['model_type']} with sliding_attention" in capsys.readouterr().err
 
 
 def test_cross_drops_what_makes_no_difference() -> None:
