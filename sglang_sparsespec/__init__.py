@@ -10,8 +10,7 @@ Where things live; imports go one way, from the bottom of this list to its top:
 * ``sparsity``               what a forward may leave out: rules for KV blocks, channels and experts, as pure functions
 * ``kv``                     requests whose KV waits in host memory: who moves when, accounts, copies
 * ``acceptance``             what drafts predict on a local model, without a server: a command
-* ``sparsity``               what a forward may do without: KV blocks, channels, experts; pure rules
-* ``quality``                what that costs in output on a local model, without a server: a command
+* ``quality``                what sparsity costs in output on a local model, without a server: a command
 * ``adapter``                the only code that imports SGLang: worker, attention backend, server arguments
 * ``patches``                the changes to the host that neither registration nor a subclass can make
 * ``plugin``                 the entry point that SGLang calls
