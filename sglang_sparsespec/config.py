@@ -21,6 +21,8 @@ SCHEDULES: Final = ("lockstep", "unified", "auto")
 # ways to compute less in a verify, and the fields that belong to each; a new one is a line here and its fields
 SPARSITY_OPTIONS: Final = {
     "attention": ("verify_kv_ratio", "verify_dense_below", "verify_block_size", "verify_anchors"),
+    "ffn": ("verify_ffn_threshold",),
+    "moe": ("verify_experts", "verify_expert_thresholds"),
 }
 VERIFY_SPARSITIES: Final = tuple(SPARSITY_OPTIONS)
 
@@ -90,6 +92,13 @@ class SparseSpecConfig:
     """B, tokens: a sparse verify reads whole aligned blocks of so many."""
     verify_anchors: str | None = None
     """File that names the layers which choose blocks; the others reuse their choice. None: every layer chooses."""
+    verify_ffn_threshold: float = 0.0
+    """tau: channels of the gated activation whose absolute value is below it count as 0 in a verify."""
+    verify_experts: int = 0
+    """Experts that a token visits in a verify, of a mixture of experts; 0: as many as the model's router gives."""
+    verify_expert_thresholds: tuple[float, ...] = ()
+    """beta_1 .. beta_m: a token does without its j lightest experts where their weight, relative to the others', is
+    below beta_j. `quality calibrate` finds them."""
     dense_verify_every: int = 0
     """Every so many rounds of the server the verify is dense; 0: never."""
     host_memory_gb: float = 0.0
@@ -151,13 +160,7 @@ class SparseSpecConfig:
             )
 
     def _check_draft_layers(self) -> None:
-        if not _is_number(self.draft_ffn_threshold) or not 0 <= self.draft_ffn_threshold < float("inf"):
-            raise ConfigError(
-                f"{OPTION_PREFIX}draft-ffn-threshold",
-                self.draft_ffn_threshold,
-                "a number of at least 0",
-                "Smaller channels are dropped in drafts; 0 keeps them all.",
-            )
+        _check_threshold("draft-ffn-threshold", self.draft_ffn_threshold, "Smaller channels are dropped in drafts.")
         _check_range("draft-experts", self.draft_experts, 0, None)
         for name, value in (("draft-ffn-threshold", self.draft_ffn_threshold), ("draft-experts", self.draft_experts)):
             if value > 0 and self.has_unified:
@@ -209,6 +212,7 @@ class SparseSpecConfig:
         if self.verify_anchors is not None and (not isinstance(self.verify_anchors, str) or not self.verify_anchors):
             raise ConfigError(f"{OPTION_PREFIX}verify-anchors", self.verify_anchors, "a path", "Leave it out for none.")
         _check_range("dense-verify-every", self.dense_verify_every, 0, None)
+        self._check_verify_layers()
         for mode, fields in SPARSITY_OPTIONS.items():
             if mode not in modes:
                 self._refuse_fields(fields, f"{OPTION_PREFIX}verify-sparsity {mode}")
@@ -220,6 +224,30 @@ class SparseSpecConfig:
                 self.schedule,
                 f"lockstep with {OPTION_PREFIX}verify-sparsity",
                 "A forward with verifies of some requests alone has not been tested with it. Leave one of the two out.",
+            )
+
+    def _check_verify_layers(self) -> None:
+        _check_threshold("verify-ffn-threshold", self.verify_ffn_threshold, "Smaller channels are dropped in verifies.")
+        _check_range("verify-experts", self.verify_experts, 0, None)
+        betas = self.verify_expert_thresholds
+        if not isinstance(betas, list | tuple) or not all(map(_is_threshold, betas)):
+            allowed = "numbers of at least 0"
+            advice = "Lighter experts are left out in verifies. Leave it out for none."
+            raise ConfigError(f"{OPTION_PREFIX}verify-expert-thresholds", betas, allowed, advice)
+        object.__setattr__(self, "verify_expert_thresholds", tuple(betas))
+        if "ffn" in self.verify_sparsity and self.verify_ffn_threshold == 0:
+            raise ConfigError(
+                f"{OPTION_PREFIX}verify-ffn-threshold",
+                self.verify_ffn_threshold,
+                f"above 0 with {OPTION_PREFIX}verify-sparsity ffn",
+                "It has the scale of the model's activations, so there is no default: see docs/lossy_quality.md.",
+            )
+        if "moe" in self.verify_sparsity and (self.verify_experts > 0) == bool(betas):
+            raise ConfigError(
+                f"{OPTION_PREFIX}verify-experts",
+                self.verify_experts,
+                f"above 0, or {OPTION_PREFIX}verify-expert-thresholds given, with {OPTION_PREFIX}verify-sparsity moe",
+                "Say which experts a verify leaves out, by one of the two rules.",
             )
 
     def _refuse_fields(self, names: tuple[str, ...], option: str) -> None:
@@ -282,6 +310,15 @@ def _check_range(name: str, value: int, low: int, high: int | None, *, prefix: s
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         allowed = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise ConfigError(prefix + name, value, allowed, "Leave it out to get the measured default.")
+
+
+def _is_threshold(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value < float("inf")
+
+
+def _check_threshold(name: str, value: float, meaning: str) -> None:
+    if not _is_threshold(value):
+        raise ConfigError(OPTION_PREFIX + name, value, "a number of at least 0", f"{meaning} 0 keeps them all.")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -126,5 +126,6 @@ def round_shape(
         is_unified=config.has_unified,
         sparse_list_len=0 if rule is None else rule.list_len(table_len, config.num_draft_tokens),
         num_kv_blocks=0 if rule is None else -(-table_len // rule.block_size),
+        drops_channels=config.verify_ffn_threshold > 0,
         has_both_verifies=bool(config.verify_sparsity) and config.dense_verify_every > 0,
     )

@@ -158,7 +158,8 @@ class SparseSpecServerArgs(ServerArgs):
         Arg(
             help=_help(
                 "LOSSY, needs --sparsespec-allow-lossy: what a verify computes less of. attention: each KV head reads "
-                "the blocks of its context that score best (arXiv:2512.21911). docs/lossy.md says when not to use it.",
+                "the blocks of its context that score best; ffn: small channels count as 0; moe: tokens do without "
+                "their lightest experts (arXiv:2512.21911). docs/lossy.md says when not to use it.",
                 _DEFAULTS.verify_sparsity,
             ),
             choices=list(cfg.VERIFY_SPARSITIES),
@@ -188,6 +189,30 @@ class SparseSpecServerArgs(ServerArgs):
             _DEFAULTS.verify_anchors,
         ),
     ] = _DEFAULTS.verify_anchors
+    sparsespec_verify_ffn_threshold: Annotated[
+        float,
+        _help(
+            "with ffn: channels of the gated activation below this absolute value count as 0 in verifies.",
+            _DEFAULTS.verify_ffn_threshold,
+        ),
+    ] = _DEFAULTS.verify_ffn_threshold
+    sparsespec_verify_experts: Annotated[
+        int,
+        _help(
+            "with moe: experts that a token visits in verifies, 1 to the model's own number.", _DEFAULTS.verify_experts
+        ),
+    ] = _DEFAULTS.verify_experts
+    sparsespec_verify_expert_thresholds: Annotated[
+        list[float] | tuple[float, ...],
+        Arg(
+            help=_help(
+                "with moe: relative weights below which a token's one, two, ... lightest experts are left out.",
+                _DEFAULTS.verify_expert_thresholds,
+            ),
+            type_parser=float,
+            nargs="+",
+        ),
+    ] = _DEFAULTS.verify_expert_thresholds
     sparsespec_dense_verify_every: Annotated[
         int, _help("every so many rounds the verify is dense all the same; 0: never.", _DEFAULTS.dense_verify_every)
     ] = _DEFAULTS.dense_verify_every

@@ -42,6 +42,15 @@ def draft_rules(config: SparseSpecConfig) -> LayerRules:
     return LayerRules(ffn_threshold=config.draft_ffn_threshold, num_experts=config.draft_experts)
 
 
+def verify_rules(config: SparseSpecConfig) -> LayerRules:
+    """What sparse verifies of a server leave out: its output is then not the model's."""
+    return LayerRules(
+        ffn_threshold=config.verify_ffn_threshold,
+        num_experts=config.verify_experts,
+        expert_thresholds=config.verify_expert_thresholds,
+    )
+
+
 class SparseLayers:
     """Rules, and the modules of a loaded model that they act on.
 

@@ -208,7 +208,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_verify_attention(config)
     _check_schedule(config)
     _check_ngram_assist(config)
-    _check_draft_layers(server_args.get_model_config(), config)
+    _check_layers(server_args.get_model_config(), config)
     if config.verify_sparsity:
         _check_verify_sparsity(server_args, config)
         _check_label(server_args)
@@ -263,39 +263,43 @@ def _check_ngram_assist(config: SparseSpecConfig) -> None:
         )
 
 
-def _check_draft_layers(model: ModelConfig, config: SparseSpecConfig) -> None:
+def _check_layers(model: ModelConfig, config: SparseSpecConfig) -> None:
+    """Options of drafts and of verifies alike must find something to leave out."""
     experts, experts_per_token = experts_of(model.hf_text_config)
-    if config.draft_experts > 0 and experts == 0:
-        raise ConfigError(
-            "--sparsespec-draft-experts",
-            config.draft_experts,
-            "0 with a dense model",
-            "There are no experts to do without. Leave it out.",
-        )
-    if config.draft_experts > experts_per_token:
-        raise ConfigError(
-            "--sparsespec-draft-experts",
-            config.draft_experts,
-            f"0 to {experts_per_token} for this model",
-            "Its tokens visit no more experts than that. Lower it.",
-        )
-    if config.draft_ffn_threshold == 0:
-        return
-    if experts > 0:
-        raise ConfigError(
-            "--sparsespec-draft-ffn-threshold",
-            config.draft_ffn_threshold,
-            "0 with a mixture of experts",
-            "Channels of experts stay inside a fused kernel. Use --sparsespec-draft-experts.",
-        )
-    activation = getattr(model.hf_text_config, "hidden_act", None)
-    if activation != "silu":
-        raise ConfigError(
-            "--sparsespec-draft-ffn-threshold",
-            config.draft_ffn_threshold,
-            f"0 with the activation {activation}",
-            "Channels are dropped behind a gated silu alone. Leave it out.",
-        )
+    num_betas = len(config.verify_expert_thresholds)
+    for option, value, most in (
+        ("--sparsespec-draft-experts", config.draft_experts, experts_per_token),
+        ("--sparsespec-verify-experts", config.verify_experts, experts_per_token),
+        # one expert is left at least
+        ("the number of --sparsespec-verify-expert-thresholds", num_betas, max(0, experts_per_token - 1)),
+    ):
+        if value > 0 and experts == 0:
+            advice = "There are no experts to do without. Leave it out."
+            raise ConfigError(option, value, "0 with a dense model", advice)
+        if value > most:
+            advice = "Its tokens visit no more experts than that. Lower it."
+            raise ConfigError(option, value, f"0 to {most} for this model", advice)
+    for option, threshold, instead in (
+        ("--sparsespec-draft-ffn-threshold", config.draft_ffn_threshold, "--sparsespec-draft-experts"),
+        ("--sparsespec-verify-ffn-threshold", config.verify_ffn_threshold, "--sparsespec-verify-sparsity moe"),
+    ):
+        if threshold == 0:
+            continue
+        if experts > 0:
+            raise ConfigError(
+                option,
+                threshold,
+                "0 with a mixture of experts",
+                f"Channels of experts stay inside a fused kernel. Use {instead}.",
+            )
+        activation = getattr(model.hf_text_config, "hidden_act", None)
+        if activation != "silu":
+            raise ConfigError(
+                option,
+                threshold,
+                f"0 with the activation {activation}",
+                "Channels are dropped behind a gated silu alone. Leave it out.",
+            )
 
 
 def _check_schedule(config: SparseSpecConfig) -> None:

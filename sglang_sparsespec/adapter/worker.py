@@ -37,7 +37,7 @@ from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.penalties import Penalties
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.adapter.sampling import Drafts, KeptDrafts, RoundSampler
-from sglang_sparsespec.adapter.sparse_layers import SparseLayers, draft_rules
+from sglang_sparsespec.adapter.sparse_layers import SparseLayers, draft_rules, verify_rules
 from sglang_sparsespec.adapter.sparse_verify import SparseVerify
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftInput, SparseSpecDraftStep, SparseSpecVerifyInput
 from sglang_sparsespec.adapter.static_round import StaticRound, dense_columns
@@ -350,7 +350,8 @@ class SparseSpecWorker(BaseSpecWorker):
             )
         )
         chain, positions, slots = static.verified(batch_size, width)
-        return self.run_model(
+        run = self._run_sparse_verify if is_sparse else self.run_model
+        return run(
             ForwardMode.TARGET_VERIFY,
             chain,
             positions,
@@ -411,6 +412,11 @@ class SparseSpecWorker(BaseSpecWorker):
     def run_draft(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """`run_model` for a forward that holds drafts and nothing else: it may leave out channels and experts."""
         with self._draft_layers.applied():
+            return self.run_model(*args, **kwargs)
+
+    def _run_sparse_verify(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """`run_model` without the channels and experts that --sparsespec-verify-sparsity names: lossy."""
+        with self._verify_layers.applied():
             return self.run_model(*args, **kwargs)
 
     def _verify(self, batch: ScheduleBatch, plan: RoundPlan, drafts: Drafts) -> LogitsProcessorOutput:
@@ -639,6 +645,7 @@ class SparseSpecWorker(BaseSpecWorker):
             )
         self._verify_max_len = self.req_to_token_pool.req_to_token.shape[1]
         self._draft_layers = SparseLayers(runner.model, draft_rules(self.config))
+        self._verify_layers = SparseLayers(runner.model, verify_rules(self.config))
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
         has_sparse = bool(self.config.verify_sparsity)

@@ -107,6 +107,8 @@ class RoundShape(NamedTuple):
     """Whether dense verifies are captured beside sparse ones."""
     is_unified: bool = False
     """Whether mixed forwards are captured as well, and drafts are kept from round to round."""
+    drops_channels: bool = False
+    """Whether a verify drops channels of feed-forward layers."""
 
     @property
     def width(self) -> int:
@@ -287,7 +289,9 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     num_rows = num_reqs * rounds.width
     # the residual and what is normed; then Q, K, V and the output, or both halves and their product
     attention = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
-    layer = max(num_rows * max(attention, 3 * model.intermediate_size), _expert_elements(model, num_rows))
+    # which channels are small is found beside them, and the others are copied
+    channels = (6 if rounds.drops_channels else 3) * model.intermediate_size
+    layer = max(num_rows * max(attention, channels), _expert_elements(model, num_rows))
     activations = 2 * num_rows * model.hidden_size + layer
     # the head's product; where ranks gather also this rank's part of it, and all parts before they stand in order
     head = model.vocab_size + (model.vocab_size + model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)

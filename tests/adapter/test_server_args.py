@@ -23,12 +23,15 @@ pytestmark = [pytest.mark.adapter, pytest.mark.usefixtures("_registered")]
 
 # every option, a value that is not its default
 LOSSY_VALUES: dict[str, Any] = {
-    "verify_sparsity": ("attention",),
+    "verify_sparsity": ("attention", "ffn"),
     "allow_lossy": True,
     "verify_kv_ratio": 0.5,
     "verify_dense_below": 2048,
     "verify_block_size": 32,
     "verify_anchors": "no-such-anchors.json",
+    "verify_ffn_threshold": 0.05,
+    "verify_experts": 1,
+    "verify_expert_thresholds": (0.1,),
     "dense_verify_every": 4,
 }
 OTHER_VALUES: dict[str, Any] = {
@@ -144,8 +147,9 @@ def anchors_of(server_args: Callable[..., Any], path: Path, **changes: Any) -> s
 
 def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_path: Path) -> None:
     """An option that is parsed and dropped would be the worst kind of silence."""
-    # a dense model has no experts; test_support.py asks for fewer of a mixture
-    written = {"verify_anchors": anchors_of(server_args, tmp_path), "draft_experts": 0}
+    # a dense model has no experts; test_support.py leaves out those of a mixture
+    no_experts = {"draft_experts": 0, "verify_experts": 0, "verify_expert_thresholds": ()}
+    written = {"verify_anchors": anchors_of(server_args, tmp_path), **no_experts}
     # not all of them can be set together
     for left_out in (("adaptive", "profile", "host_memory_gb"), LOSSY_VALUES):
         values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}

@@ -400,6 +400,8 @@ def test_guesses_need_selections_made_before_and_rounds_in_lockstep(server_args:
 
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LOSSY_MOE = {"allow_lossy": True, "verify_sparsity": ["moe"]}
+LOSSY_FFN = {"allow_lossy": True, "verify_sparsity": ["ffn"]}
 
 
 @pytest.mark.parametrize(
@@ -411,10 +413,14 @@ MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
         ("draft_ffn_threshold", 0.5, MOE, {}, "0 with a mixture of experts"),
         ("draft_ffn_threshold", 0.5, {"hidden_act": "gelu"}, {}, "0 with the activation gelu"),
         ("draft_ffn_threshold", 0.5, {}, {"schedule": "auto"}, "0 with --sparsespec-schedule auto"),
+        ("verify_experts", 1, {}, LOSSY_MOE, "0 with a dense model"),
+        ("verify_experts", 3, MOE, LOSSY_MOE, "0 to 2 for this model"),
+        ("verify_ffn_threshold", 0.5, MOE, LOSSY_FFN, "0 with a mixture of experts"),
+        ("verify_ffn_threshold", 0.5, {"hidden_act": "gelu"}, LOSSY_FFN, "0 with the activation gelu"),
     ],
     ids=str,
 )
-def test_drafts_leave_out_what_there_is(
+def test_there_is_something_to_leave_out(
     server_args: Callable[..., Any],
     tmp_path: Path,
     name: str,
@@ -431,6 +437,21 @@ def test_drafts_leave_out_what_there_is(
         server_args(model_path=path, **given)
     assert_four_parts(caught.value, "--sparsespec-" + name.replace("_", "-"), value)
     assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(("thresholds", "allowed"), [([0.1, 0.2], "0 to 1 for this model"), ([0.1], "")])
+def test_thresholds_leave_an_expert(
+    server_args: Callable[..., Any], tmp_path: Path, thresholds: list[float], allowed: str
+) -> None:
+    """A rule that may skip all experts of a token would be cut somewhere in a kernel."""
+    path = _write(tmp_path, _model("qwen3_moe", "Qwen3MoeForCausalLM", **MOE))
+    given = {f"sparsespec_{key}": value for key, value in LOSSY_MOE.items()}
+    if not allowed:
+        args = server_args(model_path=path, **given, sparsespec_verify_expert_thresholds=thresholds)
+        assert args.sparsespec_config.verify_expert_thresholds == (0.1,)
+        return
+    with pytest.raises(ConfigError, match=allowed):
+        server_args(model_path=path, **given, sparsespec_verify_expert_thresholds=thresholds)
 
 
 @pytest.mark.parametrize("num_experts", [1, 2])

@@ -119,3 +119,23 @@ def test_meta_info_says_lossy_in_every_part(server: Server) -> None:
     for part in [*parts, *server.generate({**GENERATE, "input_ids": [[1, 2], [3, 4]]})]:
         assert part["meta_info"]["sparsespec_lossy"] is True
         assert part["meta_info"]["sparsespec_verify_sparsity"] == ["attention"]
+
+
+@pytest.mark.parametrize(("threshold", "every"), [("1e-30", 0), ("1e30", 4)], ids=["no channel", "every channel"])
+def test_channels(tiny_model: Path, parity_record: ParityRecord, threshold: str, every: int) -> None:
+    """A threshold that no channel is below is the model's own output; one that all are below is not, and prefills and
+    dense rounds have all their channels: an output of nothing but sparse verifies would not begin alike."""
+    exchanges = parity_record.base[::2]
+    args = [*OURS.split(), "--sparsespec-allow-lossy", "--sparsespec-verify-sparsity", "ffn"]
+    args += ["--sparsespec-verify-ffn-threshold", threshold, "--sparsespec-dense-verify-every", str(every)]
+    with Server(tiny_model, *args, env=TINY_ENV) as server:
+        outputs = concurrently(server, [e.payload for e in exchanges])
+        server.idle_check()
+    assert {tuple(output["meta_info"]["sparsespec_verify_sparsity"]) for output in outputs} == {("ffn",)}
+    if every == 0:
+        assert_greedy_parity(exchanges, outputs)
+        return
+    expected = [e.response["output_ids"] for e in exchanges]
+    differ = sum(output["output_ids"] != ids for output, ids in zip(outputs, expected, strict=True))
+    assert 2 * differ > len(expected), differ
+    assert all(output["output_ids"][0] == ids[0] for output, ids in zip(outputs, expected, strict=True))

@@ -83,7 +83,16 @@ def fewer_experts(arch: str, model: Path, reference: list[Exchange]) -> Answers:
 
 
 @pytest.fixture(scope="module")
-def server(arch: str, model: Path, fewer_experts: Answers) -> Iterator[Server]:
+def lossy(arch: str, model: Path, reference: list[Exchange]) -> list[dict[str, Any]]:
+    """Answers of a server whose verifies visit one expert per token."""
+    rule = {"qwen3-moe": "--sparsespec-verify-experts 1", "mixtral": "--sparsespec-verify-expert-thresholds 1e9"}[arch]
+    options = f"--sparsespec-verify-attention fused --sparsespec-allow-lossy --sparsespec-verify-sparsity moe {rule}"
+    with start(arch, model, *options.split()) as server:
+        return concurrently(server, [exchange.payload for exchange in reference])
+
+
+@pytest.fixture(scope="module")
+def server(arch: str, model: Path, fewer_experts: Answers, lossy: list[dict[str, Any]]) -> Iterator[Server]:
     # the others first: those servers are gone before this one starts
     with start(arch, model) as server:
         yield server
@@ -135,6 +144,14 @@ def test_fewer_experts_in_drafts_change_speed_alone(fewer_experts: Answers, refe
     print(f"accept lengths with 1 of 2 experts, {NUM_STEPS} drafts: {lengths}")
     # with both of its experts every draft of this one stands
     assert fewer_experts.seeing_everything["meta_info"]["spec_verify_ct"] > 3
+
+
+def test_fewer_experts_in_verifies_are_lossy(lossy: list[dict[str, Any]], reference: list[Exchange]) -> None:
+    """A rule that reaches drafts alone, or a label that says nothing of it. What a prefill yields stays the model's."""
+    expected = [exchange.response["output_ids"] for exchange in reference]
+    assert [output["output_ids"][0] for output in lossy] == [ids[0] for ids in expected]
+    assert any(output["output_ids"] != ids for output, ids in zip(lossy, expected, strict=True))
+    assert all(output["meta_info"]["sparsespec_verify_sparsity"] == ["moe"] for output in lossy)
 
 
 def test_rejected_drafts_do_not_reach_the_output(server: Server, reference: list[Exchange]) -> None:

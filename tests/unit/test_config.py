@@ -45,7 +45,7 @@ VALID: list[tuple[str, Any]] = [
     ("draft_experts", 0),
     ("draft_experts", 64),
     ("verify_sparsity", ()),
-    *(("verify_sparsity", (mode,)) for mode in cfg.VERIFY_SPARSITIES),
+    ("verify_sparsity", cfg.VERIFY_SPARSITIES),
     ("allow_lossy", False),
     ("allow_lossy", True),
     ("verify_kv_ratio", 0),
@@ -55,16 +55,33 @@ VALID: list[tuple[str, Any]] = [
     ("verify_block_size", 1),
     ("verify_block_size", 1024),
     ("verify_anchors", "anchors.json"),
+    ("verify_ffn_threshold", 1e9),
+    ("verify_experts", 64),
+    ("verify_expert_thresholds", (0.2, 0.4)),
     ("dense_verify_every", 0),
     ("dense_verify_every", 1),
 ]
 # what an option that is not at its default needs beside it
 LOSSY = {"verify_sparsity": ("attention",), "allow_lossy": True}
-LOSSY_FIELDS = ("verify_kv_ratio", "verify_dense_below", "verify_block_size", "verify_anchors", "dense_verify_every")
+ATTENTION_FIELDS = ("verify_kv_ratio", "verify_dense_below", "verify_block_size", "verify_anchors")
+FFN = {"verify_sparsity": ("ffn",), "allow_lossy": True, "verify_ffn_threshold": 0.1}
+MOE = {"verify_sparsity": ("moe",), "allow_lossy": True, "verify_experts": 1}
+# two rules for experts exclude each other
+MOE_BY_WEIGHT = {"verify_sparsity": ("moe",), "allow_lossy": True, "verify_expert_thresholds": (0.1,)}
+LOSSY_FIELDS = (
+    *ATTENTION_FIELDS,
+    "verify_ffn_threshold",
+    "verify_experts",
+    "verify_expert_thresholds",
+    "dense_verify_every",
+)
 NEEDS: dict[str, dict[str, Any]] = {
-    "verify_sparsity": {"allow_lossy": True},
+    "verify_sparsity": {**FFN, **MOE},  # a threshold and a number of experts
     "allow_lossy": {"verify_sparsity": ("attention",)},
-    **dict.fromkeys(LOSSY_FIELDS, LOSSY),
+    **dict.fromkeys((*ATTENTION_FIELDS, "dense_verify_every"), LOSSY),
+    "verify_ffn_threshold": FFN,
+    "verify_experts": MOE,
+    "verify_expert_thresholds": MOE_BY_WEIGHT,
 }
 
 # field, value, the option as the user writes it
@@ -131,6 +148,14 @@ INVALID: list[tuple[str, Any, str]] = [
     ("verify_block_size", 1025, "--sparsespec-verify-block-size"),
     ("verify_anchors", 3, "--sparsespec-verify-anchors"),
     ("verify_anchors", "", "--sparsespec-verify-anchors"),
+    ("verify_ffn_threshold", -0.01, "--sparsespec-verify-ffn-threshold"),
+    ("verify_ffn_threshold", float("inf"), "--sparsespec-verify-ffn-threshold"),
+    ("verify_ffn_threshold", "0.1", "--sparsespec-verify-ffn-threshold"),
+    ("verify_experts", -1, "--sparsespec-verify-experts"),
+    ("verify_experts", 1.5, "--sparsespec-verify-experts"),
+    ("verify_expert_thresholds", 0.1, "--sparsespec-verify-expert-thresholds"),
+    ("verify_expert_thresholds", (0.1, -0.1), "--sparsespec-verify-expert-thresholds"),
+    ("verify_expert_thresholds", ("0.1",), "--sparsespec-verify-expert-thresholds"),
     ("dense_verify_every", -1, "--sparsespec-dense-verify-every"),
     ("dense_verify_every", True, "--sparsespec-dense-verify-every"),
     ("host_memory_gb", -0.1, "--sparsespec-host-memory-gb"),
@@ -288,4 +313,20 @@ def test_loss_is_described_with_its_parameters() -> None:
     described = SparseSpecConfig(**LOSSY, verify_kv_ratio=0.5).describe_loss()
     assert described["verify_sparsity"] == ["attention"]
     assert described["verify_kv_ratio"] == 0.5
-    assert set(described) == {"verify_sparsity", *LOSSY_FIELDS}
+    assert set(described) == {"verify_sparsity", *ATTENTION_FIELDS, "dense_verify_every"}
+    assert SparseSpecConfig(**FFN).describe_loss()["verify_ffn_threshold"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"verify_sparsity": ("ffn",)}, "--sparsespec-verify-ffn-threshold"),
+        ({"verify_sparsity": ("moe",)}, "--sparsespec-verify-experts"),
+        ({**MOE, "verify_expert_thresholds": (0.1,)}, "--sparsespec-verify-experts"),
+    ],
+)
+def test_a_mode_says_what_it_leaves_out(options: dict[str, Any], option: str) -> None:
+    """A server under a lossy label that leaves out nothing, or by a rule that nobody can tell."""
+    with pytest.raises(ConfigError) as caught:
+        SparseSpecConfig(**{"allow_lossy": True, **options})
+    assert str(caught.value).startswith(option + " is ")
