@@ -1,12 +1,13 @@
 """Host memory for KV, and the copies both ways.
 
-A block holds `block_tokens` tokens of one request in all layers, K and V. On CUDA one kernel gathers the slots of a
-block into a staging block on the device, which then crosses PCIe in one asynchronous copy to pinned memory; the way
-back is the same in reverse. All of it is on queues of its own, so rounds go on meanwhile.
+On the host a token is one row: K and V of all its layers side by side, so that any run of tokens is one piece of
+memory. A request holds whole blocks of `block_tokens` rows, neighbours where possible. On CUDA one kernel gathers the
+slots of a chunk into rows on the device, which then cross PCIe in one asynchronous copy to pinned memory; the way back
+is the same in reverse. All of it is on queues of its own, so rounds of decoding go on meanwhile.
 
 What of SGLang's own fits, and what does not: its `MHATokenToKVPoolHost` refuses to start unless 10 GB of RAM stay free
 beside it and scatters a request over the pool token by token; its transfer kernels write host memory from the
-multiprocessors that rounds need, where a copy engine moves whole blocks; and neither has a form for a CPU, where this
+multiprocessors that rounds need, where a copy engine moves whole chunks; and neither has a form for a CPU, where this
 package is tested.
 Invariant: a block is free or belongs to one request; nothing here waits for the device except `Transfer.wait`.
 """
@@ -18,18 +19,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_sparsespec.ops.kv_blocks import BlockLayout, gather_block, scatter_block
+from sglang_sparsespec.ops.kv_tokens import KvBuffers, gather_tokens, scatter_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
     from sglang_sparsespec.kv.queues import Mark, Queue, Queues
 
 BLOCK_TOKENS = 128
-"""Tokens of a host block: 18 MiB for a model of 36 layers, 8 KV heads of 128, bf16: large enough for PCIe to run at
-full speed; half a block per request is lost to rounding, in memory and on the bus."""
+"""Tokens of a host block: half a block per request is lost to rounding, in memory alone."""
+CHUNK_BYTES = 16 << 20
+"""What crosses in one copy at most. Large, for each copy costs the host a launch of 10 to 20 us, the time in which a
+megabyte crosses; small enough that a long request keeps both queues busy and its staging stays small."""
 
 
 class HostPool:
@@ -52,15 +55,15 @@ class HostPool:
         block_tokens: int = BLOCK_TOKENS,
         is_pinned: bool = False,
     ) -> None:
-        self.layout = BlockLayout(tuple(widths), block_tokens)
         self.block_tokens = block_tokens
         self.bytes_per_token = sum(widths) * dtype.itemsize
         self.num_blocks = num_bytes // (block_tokens * self.bytes_per_token)
         # untouched pages cost nothing on a CPU; registering commits them
-        self._memory = torch.empty(self.num_blocks, block_tokens * sum(widths), dtype=dtype)
+        self._memory = torch.empty(self.num_blocks * block_tokens, sum(widths), dtype=dtype)
         if is_pinned and self.num_blocks > 0:
             _register(self._memory)
         self.free_blocks = list(range(self.num_blocks))
+        """In ascending order, so that neighbours are found."""
 
     @property
     def num_bytes(self) -> int:
@@ -74,19 +77,36 @@ class HostPool:
         return -(-num_tokens // self.block_tokens)
 
     def alloc(self, num_tokens: int) -> list[int] | None:
-        """Blocks for a request, or None where the memory is full."""
-        count = self.blocks_for(num_tokens)
-        if count > len(self.free_blocks):
+        """Blocks for a request, neighbours if there are any; None where the memory is full."""
+        free, count = self.free_blocks, self.blocks_for(num_tokens)
+        if count > len(free):
             return None
-        blocks, self.free_blocks = self.free_blocks[:count], self.free_blocks[count:]
+        # ascending, so blocks are neighbours where the last is as far from the first in number as in the list
+        fits = (i for i in range(len(free) - count + 1) if count and free[i + count - 1] - free[i] == count - 1)
+        first = next(fits, 0)
+        blocks = free[first : first + count]
+        del free[first : first + count]
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
         self.free_blocks.extend(blocks)
+        self.free_blocks.sort()
 
-    def flat(self, block: int) -> Tensor:
-        """[layout.numel]: the whole block, as it crosses the bus."""
-        return self._memory[block]
+    def chunks(self, blocks: Sequence[int], start: int, end: int) -> Iterator[tuple[int, Tensor]]:
+        """Where tokens [start, end) of a request lie: the first token of each chunk, and its rows.
+
+        Rows are [num_tokens, elements per token], one piece of memory of at most CHUNK_BYTES or one token.
+        """
+        size, most = self.block_tokens, max(1, CHUNK_BYTES // self.bytes_per_token)
+        while start < end:
+            index = start // size
+            run = index + 1
+            while run < len(blocks) and blocks[run] == blocks[run - 1] + 1:
+                run += 1
+            stop = min(end, run * size, start + most)
+            row = blocks[index] * size + start - index * size
+            yield start, self._memory[row : row + stop - start]
+            start = stop
 
 
 class Transfer:
@@ -130,12 +150,12 @@ class Mover:
         self._is_staged = is_staged
 
     def warm_up(self) -> None:
-        """Have kernels compiled before anybody waits for them: slot 0 of the pool goes into a block and back."""
-        buffers = self._buffers()
-        slots = torch.zeros(1, dtype=torch.int64, device=buffers[0].device)
-        block = torch.empty(self._host.layout.numel, dtype=buffers[0].dtype, device=buffers[0].device)
-        gather_block(buffers, slots, block, self._host.layout)
-        scatter_block(buffers, slots, block, self._host.layout)
+        """Have kernels compiled before anybody waits for them: slot 0 of the pool goes into a row and back."""
+        pool = KvBuffers(self._buffers())
+        slots = torch.zeros(1, dtype=torch.int64, device=pool.device)
+        row = torch.empty(1, pool.width, dtype=pool.dtype, device=pool.device)
+        gather_tokens(pool, slots, row)
+        scatter_tokens(pool, slots, row)
 
     def copy_out(self, slots: Tensor, blocks: Sequence[int]) -> Transfer:
         """Device to host, beside the round in flight, which must not write these slots.
@@ -144,16 +164,8 @@ class Mover:
             slots: [num_tokens], int64, in the order of positions; made on the scheduler's queue.
             blocks: of the same request.
         """
-        buffers = self._buffers()
         # the scheduler may just have written the page table that `slots` was read from
-        return self._transfer(
-            slots,
-            [self._queues.schedule()],
-            [
-                partial(self._gather, buffers, part, block)
-                for block, part in zip(blocks, slots.split(self._host.block_tokens), strict=True)
-            ],
-        )
+        return self._transfer(self._gather, slots, blocks, 0, [self._queues.schedule()])
 
     def copy_in(self, slots: Tensor, blocks: Sequence[int], start: int = 0) -> Transfer:
         """Host to device, after the round in flight: it may still write drafts into slots that it has lost.
@@ -163,39 +175,43 @@ class Mover:
             blocks: of the whole request.
             start: positions before it are on the device already.
         """
-        buffers = self._buffers()
-        size, end = self._host.block_tokens, start + len(slots)
-        work = []
-        for index in range(start // size, self._host.blocks_for(end)):
-            first, last = max(start, index * size), min(end, (index + 1) * size)
-            part = slots[first - start : last - start]
-            work.append(partial(self._scatter, buffers, part, blocks[index], first - index * size))
-        return self._transfer(slots, [self._queues.schedule(), self._queues.rounds], work)
+        return self._transfer(self._scatter, slots, blocks, start, [self._queues.schedule(), self._queues.rounds])
 
-    def _transfer(self, slots: Tensor, after: Sequence[Queue], blocks: Sequence[Callable[[], None]]) -> Transfer:
-        """Copy blocks, every other one on the second queue: its kernel and its crossing take turns with the first's."""
-        first, second = self._queues.copies
+    def _transfer(
+        self,
+        move: Callable[[KvBuffers, Tensor, Tensor], None],
+        slots: Tensor,
+        blocks: Sequence[int],
+        start: int,
+        after: Sequence[Queue],
+    ) -> Transfer:
+        """Copy chunks, every other one on the second queue: its kernel and its crossing take turns with the first's."""
+        pool = KvBuffers(self._buffers())
+        # made before the clock runs: only launches are left for then
+        work = [
+            partial(move, pool, slots[first - start : first - start + len(rows)], rows)
+            for first, rows in self._host.chunks(blocks, start, start + len(slots))
+        ]
+        one, other = self._queues.copies
         for queue in after:
-            first.wait_for(queue)
-        begin = first.mark()
-        second.wait_for(first)
-        for index, work in enumerate(blocks):
-            (second if index % 2 else first).run(work)
-        first.wait_for(second)
-        return Transfer(len(slots) * self._host.bytes_per_token, begin, first.mark(), [slots])
+            one.wait_for(queue)
+        begin = one.mark()
+        other.wait_for(one)
+        for index, chunk in enumerate(work):
+            (other if index % 2 else one).run(chunk)
+        one.wait_for(other)
+        return Transfer(len(slots) * self._host.bytes_per_token, begin, one.mark(), [slots])
 
-    def _gather(self, buffers: Sequence[Tensor], slots: Tensor, block: int) -> None:
-        target = self._host.flat(block)
-        staging = torch.empty_like(target, device=slots.device) if self._is_staged else target
-        gather_block(buffers, slots, staging, self._host.layout)
-        if staging is not target:
-            target.copy_(staging, non_blocking=True)
+    def _gather(self, pool: KvBuffers, slots: Tensor, rows: Tensor) -> None:
+        staging = torch.empty_like(rows, device=slots.device) if self._is_staged else rows
+        gather_tokens(pool, slots, staging)
+        if staging is not rows:
+            rows.copy_(staging, non_blocking=True)
 
-    def _scatter(self, buffers: Sequence[Tensor], slots: Tensor, block: int, first: int) -> None:
-        source = self._host.flat(block)
+    def _scatter(self, pool: KvBuffers, slots: Tensor, rows: Tensor) -> None:
         if self._is_staged:
-            source = source.to(slots.device, non_blocking=True, copy=True)
-        scatter_block(buffers, slots, source, self._host.layout, first)
+            rows = rows.to(slots.device, non_blocking=True, copy=True)
+        scatter_tokens(pool, slots, rows)
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -148,13 +148,12 @@ def test_sampling_compiles(compiled: list[str], dtype: torch.dtype, vocab_size: 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=str)
-def test_moves_of_kv_blocks_compile(compiled: list[str], dtype: torch.dtype) -> None:
-    from sglang_sparsespec.ops.kv_blocks import BlockLayout
-    from sglang_sparsespec.ops.kv_blocks.triton_impl import gather_block_triton, scatter_block_triton
+def test_moves_of_kv_compile(compiled: list[str], dtype: torch.dtype) -> None:
+    from sglang_sparsespec.ops.kv_tokens import KvBuffers
+    from sglang_sparsespec.ops.kv_tokens.triton_impl import gather_tokens_triton, scatter_tokens_triton
 
-    buffers = [torch.zeros(40, 2, 3, dtype=dtype) for _ in range(4)]
-    layout = BlockLayout((6,) * 4, 16)
-    block = torch.zeros(layout.numel, dtype=dtype)
-    gather_block_triton(buffers, torch.arange(9), block, layout)
-    scatter_block_triton(buffers, torch.arange(9, dtype=torch.int32), block, layout, first=2)
+    pool = KvBuffers([torch.zeros(40, 2, 3, dtype=dtype) for _ in range(4)])
+    rows = torch.zeros(16, pool.width, dtype=dtype)
+    gather_tokens_triton(pool, torch.arange(9), rows[:9])
+    scatter_tokens_triton(pool, torch.arange(9, dtype=torch.int32), rows[2:11])
     assert compiled == ["_move_kernel"] * 2

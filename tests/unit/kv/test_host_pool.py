@@ -38,9 +38,7 @@ def test_kv_survives_the_way_out_and_back(dtype: torch.dtype, num_tokens: int, s
     host = pool_for(buffers, num_blocks=10)
     mover = mover_for(host, buffers, is_staged=is_staged)
     # blocks out of order, as after a while
-    host.free_blocks = [7, 2, 9, 0, 4, 1, 3, 5, 6, 8]
-    blocks = host.alloc(num_tokens)
-    assert blocks is not None
+    blocks = [7, 2, 3, 0, 4, 1, 9][: host.blocks_for(num_tokens)]
     slots = torch.randperm(NUM_SLOTS)[:num_tokens]
     expected = [buffer[slots].clone() for buffer in buffers]
     out = mover.copy_out(slots, blocks)
@@ -89,7 +87,32 @@ def test_buffers_are_asked_for_at_every_copy() -> None:
     blocks, slots = host.alloc(3), torch.tensor([5, 1, 7])
     assert blocks is not None
     mover.copy_out(slots, blocks)
-    assert torch.equal(host.layout.views(host.flat(blocks[0]))[0][:3], buffers[0][slots].flatten(1))
+    ((first, rows),) = host.chunks(blocks, 0, 3)
+    assert first == 0
+    assert torch.equal(rows[:, :16], buffers[0][slots].flatten(1))
+
+
+def test_neighbours_cross_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy for every block costs a small model more in launches than its bytes take to cross."""
+    host = pool_for(device_buffers(torch.float32), num_blocks=8)
+    blocks = host.alloc(3 * BLOCK - 5)
+    assert blocks == [0, 1, 2]
+    assert [(first, len(rows)) for first, rows in host.chunks(blocks, 0, 3 * BLOCK - 5)] == [(0, 3 * BLOCK - 5)]
+    assert [(first, len(rows)) for first, rows in host.chunks(blocks, 20, 40)] == [(20, 20)]
+    assert list(host.chunks(blocks, 7, 7)) == []
+    # a gap of two, too small for three: they come from behind it, then from wherever there is room
+    host.free([0, 2])
+    assert host.free_blocks == [0, 2, 3, 4, 5, 6, 7]
+    assert host.alloc(3 * BLOCK) == [2, 3, 4]
+    host.free([3])
+    scattered = host.alloc(4 * BLOCK)
+    assert scattered == [0, 3, 5, 6]
+    assert [first for first, _ in host.chunks(scattered, 0, 4 * BLOCK)] == [0, BLOCK, 2 * BLOCK]
+    assert host.alloc(0) == []
+    monkeypatch.setattr("sglang_sparsespec.kv.offload.CHUNK_BYTES", 20 * host.bytes_per_token)
+    assert [(f, len(rows)) for f, rows in host.chunks([5, 6], 3, 30)] == [(3, 20), (23, 7)]
+    monkeypatch.setattr("sglang_sparsespec.kv.offload.CHUNK_BYTES", 1)
+    assert [(f, len(rows)) for f, rows in host.chunks([5, 6], 15, 17)] == [(15, 1), (16, 1)]
 
 
 @pytest.mark.parametrize("num_bytes", [0, 48 * 4 * BLOCK - 1])
