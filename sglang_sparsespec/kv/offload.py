@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS = 128
 """Tokens of a host block: half a block per request is lost to rounding, in memory alone."""
-CHUNK_BYTES = 16 << 20
-"""What crosses in one copy at most. Large, for each copy costs the host a launch of 10 to 20 us, the time in which a
-megabyte crosses; small enough that a long request keeps both queues busy and its staging stays small."""
+CHUNK_BYTES = 8 << 20
+"""What crosses in one copy at most. Large, for a copy costs the host some 30 us of launches, the time in which 2 MB
+cross; small, for the bus waits while the first chunk is gathered, and chunks of two queues are staged at a time."""
 
 
 class HostPool:
@@ -148,10 +148,11 @@ class Mover:
         self._buffers = buffers
         self._queues = queues
         self._is_staged = is_staged
+        self._checked: KvBuffers | None = None
 
     def warm_up(self) -> None:
         """Have kernels compiled before anybody waits for them: slot 0 of the pool goes into a row and back."""
-        pool = KvBuffers(self._buffers())
+        pool = self._pool()
         slots = torch.zeros(1, dtype=torch.int64, device=pool.device)
         row = torch.empty(1, pool.width, dtype=pool.dtype, device=pool.device)
         gather_tokens(pool, slots, row)
@@ -186,7 +187,7 @@ class Mover:
         after: Sequence[Queue],
     ) -> Transfer:
         """Copy chunks, every other one on the second queue: its kernel and its crossing take turns with the first's."""
-        pool = KvBuffers(self._buffers())
+        pool = self._pool()
         # made before the clock runs: only launches are left for then
         work = [
             partial(move, pool, slots[first - start : first - start + len(rows)], rows)
@@ -201,6 +202,14 @@ class Mover:
             (other if index % 2 else one).run(chunk)
         one.wait_for(other)
         return Transfer(len(slots) * self._host.bytes_per_token, begin, one.mark(), [slots])
+
+    def _pool(self) -> KvBuffers:
+        buffers = self._buffers()
+        known = () if self._checked is None else self._checked.buffers
+        if len(known) != len(buffers) or any(a is not b for a, b in zip(known, buffers, strict=True)):
+            self._checked = KvBuffers(buffers)
+        assert self._checked is not None
+        return self._checked
 
     def _gather(self, pool: KvBuffers, slots: Tensor, rows: Tensor) -> None:
         staging = torch.empty_like(rows, device=slots.device) if self._is_staged else rows

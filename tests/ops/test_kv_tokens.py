@@ -93,3 +93,15 @@ def test_rejects_wrong_buffers() -> None:
         KvBuffers([one, two[:, :1]])
     with pytest.raises(ValueError, match=r"buffers\[1\]: expected dtype"):
         KvBuffers([one, two.half()])
+
+
+def test_table_of_addresses() -> None:
+    """Words larger than a row's or an address's own would move a neighbour's bytes."""
+    memory = torch.zeros(200, dtype=torch.bfloat16)
+    for offset, width, word in ((0, 12, 8), (0, 6, 4), (2, 12, 4), (1, 12, 2), (0, 3, 2)):
+        buffers = [memory[offset : offset + 5 * width].view(5, width), torch.zeros(5, 8, dtype=torch.bfloat16)]
+        pool = KvBuffers(buffers)
+        assert pool.word_bytes == word
+        table = pool.table(2)
+        assert table.tolist() == [[b.data_ptr() for b in buffers], [width, 8], [0, width]]
+        assert pool.table(2) is table

@@ -6,15 +6,16 @@ Knows nothing of host memory or of streams. Invariant: a slot that is not named 
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import TYPE_CHECKING
+
+import torch
 
 from sglang_sparsespec.ops._checks import check_device, check_dtype, check_index, check_shape
 from sglang_sparsespec.ops.kv_tokens.torch_impl import gather_tokens_torch, scatter_tokens_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
 __all__ = ["KvBuffers", "gather_tokens", "scatter_tokens"]
 
@@ -44,6 +45,21 @@ class KvBuffers:
         """Elements per token of each buffer."""
         self.width = sum(self.widths)
         """Elements per token of all buffers: the length of a row."""
+        sizes = (*(buffer.data_ptr() for buffer in buffers), *(width * self.dtype.itemsize for width in self.widths))
+        self.word_bytes = math.gcd(8, *sizes)
+        """The largest word, up to 8 bytes, of which all addresses and rows are multiples."""
+        self._tables: dict[int, torch.Tensor] = {}
+
+    def table(self, word_bytes: int) -> torch.Tensor:
+        """[3, num_buffers], int64, on the device: addresses, words per token, and where the buffer begins in a row.
+
+        Made once for each size of word, and known to be right as long as the buffers live.
+        """
+        if word_bytes not in self._tables:
+            words = [width * self.dtype.itemsize // word_bytes for width in self.widths]
+            columns = [[buffer.data_ptr() for buffer in self.buffers], words, [0, *accumulate(words[:-1])]]
+            self._tables[word_bytes] = torch.tensor(columns, dtype=torch.int64, device=self.device)
+        return self._tables[word_bytes]
 
 
 def gather_tokens(pool: KvBuffers, slots: torch.Tensor, rows: torch.Tensor) -> None:

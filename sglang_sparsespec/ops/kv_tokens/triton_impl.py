@@ -9,8 +9,6 @@ Invariant: elements are moved as words of up to 8 bytes and never interpreted.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +37,7 @@ def _move_kernel(
     BT: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """The table is [3, num_buffers] int64: addresses, words per token, where the buffer begins in a row."""
+    """The table is KvBuffers.table's."""
     i_buffer = tl.program_id(1)
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     m_t = o_t < num_tokens
@@ -60,28 +58,18 @@ def _move_kernel(
             tl.store(p_pool, tl.load(p_row, mask=mask, other=0), mask=mask)
 
 
-@lru_cache(maxsize=8)
-def _table(addresses: tuple[int, ...], words: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Made again when the host has replaced its buffers, which happens once or never."""
-    starts = [0, *accumulate(words[:-1])]
-    return torch.tensor([addresses, words, starts], dtype=torch.int64, device=device)
-
-
 def _move(pool: KvBuffers, slots: torch.Tensor, rows: torch.Tensor, is_gather: bool) -> None:
-    num_tokens = slots.shape[0]
+    num_tokens, num_buffers = slots.shape[0], len(pool.buffers)
     if num_tokens == 0:
         return
-    addresses = tuple(buffer.data_ptr() for buffer in pool.buffers)
-    row_bytes = tuple(width * rows.element_size() for width in pool.widths)
-    size = math.gcd(8, rows.data_ptr(), *addresses, *row_bytes)
-    table = _table(addresses, tuple(number // size for number in row_bytes), rows.device)
-    _move_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), len(addresses))](
-        table,
+    word_bytes = math.gcd(pool.word_bytes, rows.data_ptr())
+    _move_kernel[(triton.cdiv(num_tokens, BLOCK_TOKENS), num_buffers)](
+        pool.table(word_bytes),
         slots,
-        rows.view(torch.uint8).view(_WORDS[size]),
+        rows.view(torch.uint8).view(_WORDS[word_bytes]),
         num_tokens,
-        sum(row_bytes) // size,
-        len(addresses),
+        pool.width * rows.element_size() // word_bytes,
+        num_buffers,
         IS_GATHER=is_gather,
         BT=BLOCK_TOKENS,
         BW=BLOCK_WORDS,
