@@ -38,8 +38,9 @@ SMALL_BATCH, SMALL_BATCH_FACTOR = 8, 2
 SETTLE_ROUNDS, SETTLE_WINDOW = 96, 16
 # rounds between two turns: in flight when k is set, and until the next turn is asked for
 BETWEEN_TURNS = 4
-# room beyond the expected tokens of a block's rounds: requests have different luck
-GROWTH_ROOM, ROOM_TOKENS = 1.15, 48
+# room beyond the expected tokens of a block's rounds: requests have different luck, and the first ones decode while the
+# batch fills up
+GROWTH_ROOM, ROOM_TOKENS = 1.15, 96
 # taken for real acceptance, which nobody knows before
 ASSUMED_RATE = 0.8
 # seconds of a cell before one was measured
@@ -118,7 +119,9 @@ def room(
 def plain_lengths(load: Load, steps: int) -> list[int]:
     """Lengths of prompts behind which plain decoding is measured: where the turns begin, where they end, between."""
     last = max(load.context + load.growth - steps, load.context + 1)
-    return [load.context, (load.context + last) // 2, last]
+    # where requests hardly grow, times lie on a line
+    between = [] if 4 * load.growth < load.context else [(load.context + last) // 2]
+    return [load.context, *between, last]
 
 
 def study_cell(

@@ -127,6 +127,8 @@ def test_the_pool_holds_what_all_requests_may_write(cells: ModuleType, batch: in
     assert growth >= 1.15 * repeats * repeat
     # and no more: five times as many requests of that context would not be refused for what nobody writes
     assert growth < 2 * max(settle, repeats * repeat) + 100
+    # a cell of short prompts stays one
+    assert repeats == 1 or repeats * repeat <= max(settle, context)
 
 
 def test_a_cell_that_does_not_fit_is_no_cell(cells: ModuleType) -> None:
