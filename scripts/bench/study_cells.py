@@ -209,6 +209,8 @@ def judge(
     return {
         **verdict(ratios[OWN], {k: ratios[k] for k in choices}),
         "own_k": statistics.mode(line.num_steps for line in own),
+        "own_rounds_ms": by_steps(own),
+        "fixed_rounds_ms": by_steps([line for k in choices for rounds in turns[k] for line in rounds]),
         "settled_after_rounds": None if settled is None else settled * SETTLE_WINDOW,
         "while_settling_over_plain": [round(ratio, 4) for ratio in on_the_way],
         "rates": [round(rate, 4) for rate in taken],
@@ -218,6 +220,15 @@ def judge(
         "plain_after": [[round(at), round(ms, 4)] for at, ms in plain.after],
         "plain_drift": round(plain.drift, 4),
     }
+
+
+def by_steps(rounds: Sequence[RoundLine]) -> dict[str, list[float]]:
+    """k: [timed rounds, their median ms]: what the controller's rounds took beside those of the same fixed k."""
+    times: dict[int, list[float]] = {}
+    for line in rounds:
+        if line.round_ms is not None:
+            times.setdefault(line.num_steps, []).append(line.round_ms)
+    return {str(k): [len(found), round(statistics.median(found), 3)] for k, found in sorted(times.items())}
 
 
 def wanted_cells(args: argparse.Namespace) -> list[dict[str, Any]]:
