@@ -37,7 +37,7 @@ from typing import Any
 from study_book import Allowance, Book
 from study_cells import WHAT as CELL
 from study_cells import cells_table, run_cells, wanted_cells
-from study_client import PlainServer, Study
+from study_client import FAILURES, PlainServer, Study
 from study_load import WHAT as LOAD
 from study_load import load_of, load_verdict, loads_table, plot_loads, run_loads
 from study_server import CONTROL, PLAIN
@@ -46,7 +46,7 @@ from sglang_sparsespec.bench.cells import Target
 from sglang_sparsespec.bench.measure import PromptSource
 from sglang_sparsespec.bench.planner import SIMULATION, SPARE_REQUESTS
 from sglang_sparsespec.bench.provenance import provenance
-from sglang_sparsespec.bench.server import Server, ServerError, has_gpu
+from sglang_sparsespec.bench.server import Server, has_gpu
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 
 STUDY_SERVER = [sys.executable, str(Path(__file__).resolve().parent / "study_server.py")]
@@ -160,40 +160,35 @@ def is_complete(args: argparse.Namespace, book: Book) -> bool:
     return {"plain", "controller", "k=0"} <= names and not book.of("failure", LOAD)
 
 
+def measure(args: argparse.Namespace, book: Book, time_left: Allowance) -> int:
+    """What the file lacks. Exit code: MET, or why there is more to do."""
+    run = run_cells if args.what == "cells" else run_loads
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        model = model_of(args, folder)
+        target = Target(model.name, str(model), "bfloat16", read_shape(model), has_weights=args.model is not None)
+        try:
+            plain, study = start(args, model, folder, stack)
+            is_whole = run(args, book, time_left, plain, study, target, PromptSource(target))
+        except FAILURES as error:
+            # a dead server ends the call; what was measured is on file
+            print(f"the call ends: {error}", file=sys.stderr, flush=True)
+            return MISSED
+    return MET if is_whole else TIME_IS_UP
+
+
 def main() -> int:
     began = time.monotonic()
     args = arguments()
-    book, is_whole = book_of(args), True
-    if not is_complete(args, book):
-        run = run_cells if args.what == "cells" else run_loads
-        with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
-            folder = Path(name)
-            model = model_of(args, folder)
-            target = Target(model.name, str(model), "bfloat16", read_shape(model), has_weights=args.model is not None)
-            try:
-                plain, study = start(args, model, folder, stack)
-                is_whole = run(
-                    args, book, Allowance(args.max_minutes, began), plain, study, target, PromptSource(target)
-                )
-            except ServerError as error:
-                # what was measured is on file; a dead server ends the call
-                is_whole = False
-                print(f"the call ends: {error}", file=sys.stderr, flush=True)
-                failed = True
-            else:
-                failed = False
-    else:
-        failed = False
+    book = book_of(args)
+    code = MET if is_complete(args, book) else measure(args, book, Allowance(args.max_minutes, began))
     print(f"acceptance: {'real' if args.model else 'SIMULATED'}\n")
     print(cells_table(book) if args.what == "cells" else loads_table(book))
-    if args.plot and args.what == "load":
+    if args.plot and book.of("result", LOAD):
         plot_loads(book.of("result", LOAD), args.plot)
-    if failed:
-        return MISSED
-    if not is_whole:
+    if code == TIME_IS_UP:
         print("\ntime is up; the same command goes on")
-        return TIME_IS_UP
-    return MET if is_met(args, book) else MISSED
+    return code or (MET if is_met(args, book) else MISSED)
 
 
 def is_met(args: argparse.Namespace, book: Book) -> bool:

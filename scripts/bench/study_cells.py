@@ -9,12 +9,10 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from study_client import RequestsEndedError
+from study_client import FAILURES, RequestsEndedError
 from study_rounds import Plain, RoundLine, expected_tokens, over_plain, pooled_rates, rounds_to_settle, verdict
 
 from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene
-from sglang_sparsespec.bench.server import ServerError
-from sglang_sparsespec.bench.window import NoSteadyStateError
 
 if TYPE_CHECKING:
     import argparse
@@ -131,7 +129,7 @@ def study_cell(
 
     Raises:
         RequestsEndedError: too few turns before the requests ended.
-        ServerError, NoSteadyStateError: a server failed.
+        ServerError, requests.RequestException: a server failed.
     """
     began = time.monotonic()
     lengths = plain_lengths(load, plain_steps)
@@ -287,11 +285,11 @@ def run_cells(
             load = Load(prompts, context, growth, rates, repeats)
             book.note("result", cell, study_cell(study, plain, load, choices, args.plain_tokens))
             print(describe(book.of("result", WHAT)[-1]), file=sys.stderr, flush=True)
-        except (ServerError, NoSteadyStateError, RequestsEndedError) as error:
+        except (*FAILURES, RequestsEndedError) as error:
             book.note("failure", cell, {"reason": str(error)[:2000]})
             print(f"failed: {cell}: {str(error)[:2000]}", file=sys.stderr, flush=True)
             for watched in (plain, study):
-                watched.server.check_alive("in a cell")
+                watched.require_alive()
     return True
 
 

@@ -33,6 +33,12 @@ FILL_STEPS = 24
 SWITCH_ROUNDS = 1
 
 
+# the launcher ends a moment after the scheduler that failed
+DEATH_S = 3.0
+# of a server, in whatever call it shows
+FAILURES = (ServerError, requests.RequestException)
+
+
 class RequestsEndedError(RuntimeError):
     """The requests of a cell were about to end, or ended, before its turns did."""
 
@@ -64,6 +70,15 @@ class Watched:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
+
+    def require_alive(self) -> None:
+        """After a failure.
+
+        Raises:
+            ServerError: the server died of it.
+        """
+        time.sleep(DEATH_S)
+        self.server.check_alive("at the failure")
 
     def drain(self) -> None:
         """Abort what runs, and wait until nothing does."""
@@ -105,7 +120,7 @@ class Watched:
             yield
         finally:
             # a server that died has nothing to abort, and its death is what the caller should hear of
-            with contextlib.suppress(requests.RequestException, ServerError):
+            with contextlib.suppress(*FAILURES):
                 self.drain()
             thread.join(timeout=60)
 

@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import aiohttp
+from study_client import FAILURES
 from study_rounds import OVER_BEST, OVER_PLAIN
 
 from sglang_sparsespec.bench.cells import Scene
@@ -176,10 +177,10 @@ def run_loads(
             book.note("result", thing, one_load(watched, texts, sizes, peak, args.seconds))
             shown = {key: value for key, value in book.of("result", WHAT)[-1].items() if key in ("who", "tokens_per_s")}
             print(json.dumps(shown), file=sys.stderr, flush=True)
-        except ServerError as error:
+        except FAILURES as error:
             book.note("failure", thing, {"reason": str(error)[:2000]})
             print(f"failed: {who}: {str(error)[:2000]}", file=sys.stderr, flush=True)
-            watched.server.check_alive("under load")
+            watched.require_alive()
     return True
 
 

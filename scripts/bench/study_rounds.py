@@ -89,7 +89,8 @@ class Plain:
     def step_ms(self, pool_tokens: float) -> float:
         """Between the points by straight lines, level outside of them; the mean of before and after."""
         return statistics.fmean(
-            float(np.interp(pool_tokens, *zip(*points, strict=True))) for points in (self.before, self.after)
+            float(np.interp(pool_tokens, [at for at, _ in points], [ms for _, ms in points]))
+            for points in (self.before, self.after)
         )
 
     @property
@@ -154,7 +155,7 @@ def verdict(own: Sequence[float], fixed: dict[int, list[float]]) -> dict[str, An
     best = max(fixed, key=lambda k: statistics.median(fixed[k]))
     # a server could be no faster than this, plain decoding outside of it included
     paired = [mine / theirs for mine, theirs in zip(own, fixed[best], strict=True)]
-    result = {
+    result: dict[str, Any] = {
         "over_plain": round(statistics.median(own), 4),
         "over_plain_range": [round(min(own), 4), round(max(own), 4)],
         "best_k": best,

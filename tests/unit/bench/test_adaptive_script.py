@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 
+from sglang_sparsespec.bench.server import ServerError
 from tests.support.scripts import load_script
 
 if TYPE_CHECKING:
@@ -231,18 +234,17 @@ def test_stops_before_what_would_not_end_in_time(books: ModuleType) -> None:
     assert not books.Allowance(1.0, now - 30).allows(40)
 
 
-class FakeServer:
-    alive = True
-
-    def check_alive(self, when: str) -> None:
-        if not self.alive:
-            raise RuntimeError("dead")
-
-
-def run(cells: ModuleType, monkeypatch: pytest.MonkeyPatch, book: Any, allowance: Any, measured: Any) -> bool:
+def run(
+    cells: ModuleType, monkeypatch: pytest.MonkeyPatch, book: Any, allowance: Any, measured: Any, dies: bool = False
+) -> bool:
     """Two cells of one request, with `measured` in the place of both servers."""
     monkeypatch.setattr(cells, "study_cell", measured)
-    watched = SimpleNamespace(server=FakeServer(), forget_prompts=lambda: None, choices=lambda: CHOICES)
+
+    def require_alive() -> None:
+        if dies:
+            raise ServerError("the server died")
+
+    watched = SimpleNamespace(require_alive=require_alive, forget_prompts=lambda: None, choices=lambda: CHOICES)
     args = SimpleNamespace(batches=[1], contexts=[64], rates=[0.5, 0.9], model=None, pool=12_000, plain_tokens=8)
     target = SimpleNamespace(shape=SimpleNamespace(context=8192))
     source = SimpleNamespace(prompts=lambda scene, seed: [[1] * scene.prompt_tokens])
@@ -262,7 +264,7 @@ def test_cells_go_on_after_a_failure_and_after_a_stop(
     def flaky(study: Any, plain: Any, load: Any, choices: Any, steps: int) -> dict[str, Any]:
         asked.append(load.rates[0])
         if asked == [0.5]:
-            raise cells.ServerError("no round of a turn could be timed")
+            raise ServerError("no round of a turn could be timed")
         return RESULT
 
     book = books.Book(path, {}, {})
@@ -275,6 +277,81 @@ def test_cells_go_on_after_a_failure_and_after_a_stop(
     assert run(cells, monkeypatch, book, books.Allowance(None, 0), flaky)
     assert asked == [0.5, 0.9, 0.5]
     assert len(book.of("result", "cell")) == 2
+
+
+def test_a_dead_server_ends_the_call(
+    cells: ModuleType, books: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every further cell would wait for its timeout; what the failed one died of is on file."""
+    asked: list[float] = []
+
+    def gone(study: Any, plain: Any, load: Any, choices: Any, steps: int) -> dict[str, Any]:
+        asked.append(load.rates[0])
+        raise requests.ConnectionError("refused")
+
+    path = tmp_path / "cells.jsonl"
+    with pytest.raises(ServerError, match="died"):
+        run(cells, monkeypatch, books.Book(path, {}, {}), books.Allowance(None, 0), gone, dies=True)
+    assert asked == [0.5]
+    assert [r["reason"] for r in books.Book(path, {}, {}).of("failure", "cell")] == ["refused"]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    script = load_script("bench/adaptive.py", monkeypatch)
+    facts = {name: "same" for name in ("machine", "driver", "python", "versions", "commit")}
+    monkeypatch.setattr(script, "provenance", lambda: facts)
+    return script
+
+
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> tuple[int, int]:
+    """(exit code, how often servers were started) of a call that finds nothing to measure, or has to."""
+    started: list[Any] = []
+    monkeypatch.setattr(sys, "argv", ["adaptive.py", *options, "--tiny", "--json", str(path)])
+    monkeypatch.setattr(script, "measure", lambda args, book, time_left: started.append(args) or script.TIME_IS_UP)
+    return script.main(), len(started)
+
+
+def test_a_second_call_needs_no_server(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And prints the table of all that is on file, with cells of other calls; a miss is still one."""
+    path, options = tmp_path / "cells.jsonl", ("cells", "--batches", "2", "--contexts", "64", "--rates", "0.5")
+    assert call(script, monkeypatch, path, *options) == (script.TIME_IS_UP, 1)
+    book = script.book_of(script.arguments())
+    whole = {
+        **{name: [1.0, 1.0] for name in ("over_plain_range", "over_best_range")},
+        **{"best_over_plain": 1.0, "settled_after_rounds": 16, "plain_ms": 4.0, "plain_drift": 0.01},
+    }
+    cell = {"what": "cell", "batch": 2, "context": 64, "rate": 0.5}
+    book.note("result", cell, RESULT | whole)
+    book.note("result", {**cell, "batch": 4}, RESULT | whole)
+    assert call(script, monkeypatch, path, *options) == (script.MET, 0)
+    assert "| 2 x 64 |" in (shown := capsys.readouterr().out)
+    assert "| 4 x 64 |" in shown
+    assert call(script, monkeypatch, path, *options, "--spec-arg=--sparsespec-sharing=head")[1] == 1
+    book.note("result", cell, RESULT | whole | {"met": False})
+    assert call(script, monkeypatch, path, *options) == (script.MISSED, 0)
+
+
+def test_a_second_call_of_load_needs_no_server(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once the last contender is there; its plot shows how many requests ran as well."""
+    path, plot = tmp_path / "load.jsonl", tmp_path / "load.png"
+    options = ("load", "--batches", "4", "--plot", str(plot))
+    assert call(script, monkeypatch, path, *options)[1] == 1
+    args = script.arguments()
+    book = script.book_of(args)
+    for who, tokens_per_s in (("plain", 100.0), ("controller", 120.0), ("k=8", 90.0), ("k=0", 99.0)):
+        assert call(script, monkeypatch, path, *options)[1] == 1
+        found = {"tokens_per_s": tokens_per_s, "wall_s": 31.0, "requests": 9, "tokens": 3100, "most_running": 4}
+        found |= {"latency_p50_s": 1.0, "latency_p99_s": 2.0}
+        found |= {"tokens_over_time": [1.0, 3.0, 1.0], "running_over_time": [1.0, 4.0, 1.0]}
+        book.note("result", script.load_of(args, who), found)
+    assert call(script, monkeypatch, path, *options) == (script.MET, 0)
+    assert "controller: 1.2 of plain" in capsys.readouterr().out
+    assert plot.stat().st_size > 0
 
 
 # Servers
@@ -308,9 +385,8 @@ def test_plain_steps_are_timed_by_the_schedulers_own_clock(monkeypatch: pytest.M
     assert found[0][5:] == [[0, 0], "plain"]
 
 
-def test_servers_run_the_batches_of_the_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_run_the_batches_of_the_cells(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the limit at the batch, its last request waits for the first; without a graph of its size, it is padded."""
-    script = load_script("bench/adaptive.py", monkeypatch)
     monkeypatch.setattr(script, "has_gpu", lambda: True)
     args = SimpleNamespace(what="cells", batches=[1, 8, 128], pool=240_000, shape="qwen3-1.7b", server_arg=[])
     given = script.server_args(args)
@@ -384,6 +460,45 @@ def test_what_ran_stands_in_its_second(load: ModuleType, rounds_of: ModuleType) 
         for at, stood in ((10.1, [1]), (11.5, [2, 0]), (11.9, [0, 0, 0, 0]), (13.2, [1]), (99.0, [1]))
     ]
     assert load.over_time(lines, 10.0, 13.5) == ([2, 8, 0, 2], [1.0, 3.0, 0.0, 1.0])
+
+
+def test_load_goes_on_with_the_contender_that_is_missing(
+    load: ModuleType, books: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Seven loads do not fit into one call: those that a verdict needs come first, and none twice."""
+    ran: list[tuple[str, Any]] = []
+
+    def one_load(watched: Any, texts: Any, sizes: Any, peak: int, seconds: float) -> dict[str, Any]:
+        ran.append((watched.name, watched.now))
+        if len(ran) == 2:
+            raise ServerError("a request failed")
+        return {"tokens_per_s": 100.0, "wall_s": seconds + 1}
+
+    monkeypatch.setattr(load, "one_load", one_load)
+    plain = SimpleNamespace(name="plain", now=None)
+    study = SimpleNamespace(name="study", now=None, choices=lambda: (0, 4), require_alive=lambda: None)
+
+    def set_steps(k: int | None, rates: Any, *, fresh: bool) -> None:
+        assert rates == [0.7]
+        study.now = (k, fresh)
+
+    study.set = set_steps
+    args = SimpleNamespace(tiny=True, model=None, batches=[4], rates=[0.5, 0.7, 0.9], seconds=30.0)
+    target = SimpleNamespace(shape=SimpleNamespace(context=512))
+    source = SimpleNamespace(prompts=lambda scene, seed: [[1] * scene.prompt_tokens])
+
+    def go(seconds: float | None) -> bool:
+        book = books.Book(tmp_path / "load.jsonl", {}, {})
+        left = books.Allowance(None if seconds is None else seconds / 60, time.monotonic())
+        return load.run_loads(args, book, left, plain, study, target, source)
+
+    assert not go(20.0)
+    assert ran == []
+    assert go(None)
+    assert ran == [("plain", None), ("study", (None, True)), ("study", (4, False)), ("study", (0, False))]
+    assert go(None)
+    assert ran[4:] == [("study", (None, True))]
+    assert go(1.0)
 
 
 def test_load_has_a_verdict(load: ModuleType) -> None:
