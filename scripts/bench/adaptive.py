@@ -1,406 +1,59 @@
 """Is the controller never slower? Its speed beside plain SGLang's and beside every fixed k, over loads and acceptances.
 
-    python scripts/bench/adaptive.py cells --shape qwen3-1.7b      # an 80 GB card, about 9 minutes
-    python scripts/bench/adaptive.py load --shape qwen3-1.7b       # load that rises and falls, about 5 minutes
+    python scripts/bench/adaptive.py cells --shape qwen3-1.7b --json cells.jsonl --max-minutes 9    # an 80 GB card
+    python scripts/bench/adaptive.py load --shape qwen3-1.7b --json load.jsonl --plot load.png      # rises and falls
     python scripts/bench/adaptive.py cells --model PATH            # real weights, real acceptance
     python scripts/bench/adaptive.py cells --tiny --batches 2 --contexts 64    # CPU: shows that everything works
 
-Two servers are up, plain SGLang and SPARSESPEC with --sparsespec-adaptive (scripts/bench/study_server.py), and one of
-them runs at a time. **Acceptance is SIMULATED** for shapes: each draft stands with the given probability if all
+Two servers are up, plain SGLang and SPARSESPEC with --sparsespec-adaptive (both scripts/bench/study_server.py), and one
+of them runs at a time. **Acceptance is SIMULATED** without --model: each draft stands with the given probability if all
 before it do.
 
-A cell is a number of requests, their context and an acceptance. In it k is switched within one server and one set of
-requests, in turns, five times over: the controller's k, then each fixed k. A turn's speed is the tokens that its
-rounds are expected to yield (by the given rates: no luck in it; with real acceptance those that came) over the time
-between their results. Plain decoding is measured on its own server with the same requests, as a line of step time
-over tokens in the pool, and compared at the pool of each turn. The controller begins each cell without any knowledge;
-what it takes until it has settled is reported apart.
+A cell is a number of requests, their context and an acceptance. In it k is switched within one server, in turns, five
+times over: the controller's k, then each fixed k. A turn's speed is the tokens that its rounds are expected to yield
+over the time between their results: by the given rates or, with real acceptance, by how often drafts of each position
+stood in all turns of the cell together (a turn of few rounds would compare luck). Plain decoding is measured right
+before and right after the turns, by the same clock in its own scheduler, on the same prompts at two or three lengths
+from where the turns begin to where they end at most; its time at a turn's pool is read between these points, and both
+are on file. The controller begins each cell without any knowledge; what it takes until it has settled is reported
+apart.
+
+With --json each cell, and in `load` each contender, is a line of that file as soon as it is measured, and the same
+command goes on where it was: what is on file with the same machine, versions, commit, model and options is not measured
+again. A cell that failed is on file with its reason, and tried again. The table is made from everything on file. Exit
+code 0: all bounds are met; 1: one is not, or something failed; 3: --max-minutes were up before the end.
 """
 
 from __future__ import annotations
 
 import argparse
-import bisect
 import contextlib
-import itertools
-import json
-import random
-import statistics
 import sys
 import tempfile
-import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from study_server import CONTROL
+from study_book import Allowance, Book
+from study_cells import WHAT as CELL
+from study_cells import cells_table, run_cells, wanted_cells
+from study_client import FAILURES, PlainServer, Study
+from study_load import WHAT as LOAD
+from study_load import load_of, load_verdict, loads_table, plot_loads, run_loads
+from study_server import CONTROL, PLAIN
 
-from sglang_sparsespec.bench import measure
-from sglang_sparsespec.bench.cells import Scene, Target
-from sglang_sparsespec.bench.client import Arrival, run_arrivals, run_requests
-from sglang_sparsespec.bench.planner import SIMULATION
+from sglang_sparsespec.bench.cells import Target
+from sglang_sparsespec.bench.measure import PromptSource
+from sglang_sparsespec.bench.planner import SIMULATION, SPARE_REQUESTS
 from sglang_sparsespec.bench.provenance import provenance
-from sglang_sparsespec.bench.server import Server, ServerError, has_gpu
+from sglang_sparsespec.bench.server import Server, has_gpu
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
-from sglang_sparsespec.config import SparseSpecConfig
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-HERE = Path(__file__).resolve().parent
-STUDY_SERVER = [sys.executable, str(HERE / "study_server.py")]
-REPEATS = 5
-# rounds of a turn, of which the first does not count; and of the controller's
-TURN_ROUNDS, OWN_ROUNDS = 5, 12
-# until the controller counts as settled; and the rounds over which its speed is looked at
-SETTLE_ROUNDS, SETTLE_WINDOW = 96, 16
-PLAIN_SLICES = 8
-# the bounds that are asked for
-OVER_PLAIN, OVER_BEST = 0.98, 0.97
-OWN = "own"
-ROUND_TIMEOUT_S = 60.0
-
-
-class RoundLine(NamedTuple):
-    """A round as the server wrote it down."""
-
-    time: float
-    num_reqs: int
-    num_steps: int
-    pool_tokens: int
-    round_ms: float | None
-    tokens: int
-    label: str
-
-
-@dataclass(frozen=True)
-class Line:
-    """Milliseconds of a plain decode step over tokens in the pool."""
-
-    fixed_ms: float
-    ms_per_token: float
-
-    def step_ms(self, pool_tokens: float) -> float:
-        return self.fixed_ms + self.ms_per_token * pool_tokens
-
-    @classmethod
-    def through(cls, points: Sequence[tuple[float, float]]) -> Line:
-        """Least squares; a level line where the pool hardly grew, or time fell with it."""
-        pools, times = zip(*points, strict=True)
-        if max(pools) < 1.02 * min(pools):
-            return cls(statistics.median(times), 0.0)
-        slope, fixed = np.polyfit(pools, times, 1)
-        return cls(statistics.median(times), 0.0) if slope < 0 else cls(float(fixed), float(slope))
-
-
-def expected_tokens(rates: Sequence[float], num_steps: int) -> float:
-    """That a request's round yields, bonus token counted, where draft j stands with `rates[j]` if all before it do."""
-    alive, tokens = 1.0, 1.0
-    for j in range(num_steps):
-        alive *= rates[min(j, len(rates) - 1)]
-        tokens += alive
-    return tokens
-
-
-def speed(rounds: Sequence[RoundLine], rates: Sequence[float] | None) -> tuple[float, float]:
-    """Tokens per second of some rounds, and their mean pool; rounds without a time do not count."""
-    timed = [line for line in rounds if line.round_ms is not None]
-    if not timed:
-        raise ServerError("no round of a turn could be timed")
-    tokens = sum(
-        line.tokens if rates is None else line.num_reqs * expected_tokens(rates, line.num_steps) for line in timed
-    )
-    seconds = sum(line.round_ms or 0.0 for line in timed) / 1e3
-    return tokens / seconds, statistics.fmean(line.pool_tokens for line in timed)
-
-
-def over_plain(rounds: Sequence[RoundLine], rates: Sequence[float] | None, plain: Line) -> float:
-    """Speed of some rounds over plain decoding's at the same pool and number of requests."""
-    tokens_per_s, pool = speed(rounds, rates)
-    num_reqs = statistics.fmean(line.num_reqs for line in rounds)
-    return tokens_per_s / (1e3 * num_reqs / plain.step_ms(pool))
-
-
-def rounds_to_settle(ratios: Sequence[float], tolerance: float = 0.03) -> int | None:
-    """How many windows go by until all further ones are within `tolerance` of their median; None: the last is not."""
-    middle = statistics.median(ratios[len(ratios) // 2 :])
-    settled = len(ratios)
-    for i in reversed(range(len(ratios))):
-        if abs(ratios[i] / middle - 1) > tolerance:
-            break
-        settled = i
-    return settled if settled < len(ratios) else None
-
-
-def verdict(own: Sequence[float], fixed: dict[int, list[float]]) -> dict[str, Any]:
-    """Ratios of one cell: of paired turns, medians with their range.
-
-    Args:
-        own: the controller's speed over plain SGLang's, turn by turn.
-        fixed: the same of each fixed k, in the turns beside them.
-    """
-    best = max(fixed, key=lambda k: statistics.median(fixed[k]))
-    # a server could be no faster than this, plain decoding outside of it included
-    paired = [mine / theirs for mine, theirs in zip(own, fixed[best], strict=True)]
-    result = {
-        "over_plain": round(statistics.median(own), 4),
-        "over_plain_range": [round(min(own), 4), round(max(own), 4)],
-        "best_k": best,
-        "best_over_plain": round(statistics.median(fixed[best]), 4),
-        "over_best": round(statistics.median(paired), 4),
-        "over_best_range": [round(min(paired), 4), round(max(paired), 4)],
-        "fixed_over_plain": {str(k): round(statistics.median(values), 4) for k, values in fixed.items()},
-    }
-    result["met"] = result["over_plain"] >= OVER_PLAIN and result["over_best"] >= OVER_BEST
-    return result
-
-
-class Study:
-    """The server whose rounds are set and watched."""
-
-    def __init__(self, server: Server, control: Path) -> None:
-        self.server, self._control = server, control
-        self._rounds = control.with_name(control.name + ".rounds")
-        self._labels = itertools.count()
-        self._fresh = 0
-
-    def choices(self) -> tuple[int, ...]:
-        """Every k that the controller may choose, ascending."""
-        most = self.server.get("/server_info")["speculative_num_steps"]
-        return SparseSpecConfig(num_steps=most, adaptive=True).step_choices
-
-    def set(self, k: int | None, rates: Sequence[float] | None, *, fresh: bool = False) -> str:
-        """From the next round on; returns the label that its rounds carry."""
-        self._fresh += fresh
-        label = f"turn {next(self._labels)}"
-        written = json.dumps({"k": k, "rates": rates, "fresh": self._fresh, "label": label})
-        # whole or not at all: the server may look at any moment
-        draft = self._control.with_suffix(".new")
-        draft.write_text(written)
-        draft.replace(self._control)
-        return label
-
-    def rounds(self, label: str) -> list[RoundLine]:
-        if not self._rounds.exists():
-            return []
-        lines = [line for line in self._rounds.read_text().splitlines() if line.endswith(f'"{label}"]')]
-        return [RoundLine(*json.loads(line)) for line in lines]
-
-    def turn(self, k: int | None, rates: Sequence[float] | None, count: int, *, fresh: bool = False) -> list[RoundLine]:
-        """Set k and wait for so many rounds of it."""
-        label = self.set(k, rates, fresh=fresh)
-        deadline = time.monotonic() + ROUND_TIMEOUT_S
-        while len(found := self.rounds(label)) < count:
-            self.server.check_alive("in a turn")
-            if time.monotonic() > deadline:
-                raise ServerError(
-                    f"{len(found)} of {count} rounds in {ROUND_TIMEOUT_S:.0f} s\n{self.server.describe()}"
-                )
-            time.sleep(0.01)
-        return found
-
-
-@contextlib.contextmanager
-def running(server: Server, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[None]:
-    """All requests decode while the block runs; what is left of them is aborted."""
-    sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    failures: list[BaseException] = []
-
-    def send() -> None:
-        try:
-            run_requests(server.url, prompts, sampling, concurrency=len(prompts), timeout_s=600)
-        except BaseException as error:
-            failures.append(error)
-
-    server.flush_cache()
-    thread = threading.Thread(target=send, daemon=True)
-    thread.start()
-    try:
-        deadline = time.monotonic() + 300
-        while server.loads()["num_running_reqs"] < len(prompts):
-            if failures:
-                raise failures[0]
-            if time.monotonic() > deadline:
-                raise ServerError(f"never {len(prompts)} requests at a time\n{server.describe()}")
-            time.sleep(0.05)
-        yield
-    finally:
-        server.post("/abort_request", {"rid": "", "abort_all": True})
-        thread.join(timeout=120)
-        server.idle_check()
-
-
-def plain_line(
-    server: Server, source: measure.PromptSource, batch: int, contexts: Sequence[int], new_tokens: int
-) -> Line:
-    """Step times of plain SGLang from prompts of each of `contexts` on, which should span what is compared with."""
-    points = []
-    for context in contexts:
-        scene = Scene(batch, context, new_tokens, num_slices=PLAIN_SLICES)
-        result = measure.measure(server, source, scene, seed=0)
-        points += [(part["pool_tokens"], part["round_ms"]) for part in result["slices"]]
-    return Line.through(points)
-
-
-def num_rounds(choices: Sequence[int]) -> int:
-    """Of one cell."""
-    return SETTLE_ROUNDS + REPEATS * (OWN_ROUNDS + len(choices) * TURN_ROUNDS)
-
-
-def study_cell(
-    study: Study, prompts: Sequence[Sequence[int]], rates: Sequence[float] | None, plain: Line, choices: Sequence[int]
-) -> dict[str, Any]:
-    """One cell: the controller from nothing, then in turns with every fixed k."""
-    # all drafts of all rounds could stand
-    with running(study.server, prompts, num_rounds(choices) * (1 + max(choices))):
-        settling = study.turn(None, rates, SETTLE_ROUNDS, fresh=True)
-        own: list[float] = []
-        fixed: dict[int, list[float]] = {k: [] for k in choices}
-        chosen: list[int] = []
-        for repeat in range(REPEATS):
-            order = [OWN, *choices]
-            for what in order if repeat % 2 == 0 else reversed(order):
-                if what == OWN:
-                    found = study.turn(None, rates, OWN_ROUNDS)[1:]
-                    own.append(over_plain(found, rates, plain))
-                    chosen += [line.num_steps for line in found]
-                else:
-                    assert isinstance(what, int)
-                    fixed[what].append(over_plain(study.turn(what, rates, TURN_ROUNDS)[1:], rates, plain))
-    windows = [settling[i : i + SETTLE_WINDOW] for i in range(0, SETTLE_ROUNDS, SETTLE_WINDOW)]
-    ratios = [over_plain(window, rates, plain) for window in windows]
-    settled = rounds_to_settle(ratios)
-    return {
-        **verdict(own, fixed),
-        "own_k": statistics.mode(chosen),
-        "settled_after_rounds": None if settled is None else settled * SETTLE_WINDOW,
-        "while_settling_over_plain": [round(ratio, 4) for ratio in ratios],
-    }
-
-
-def cells(args: argparse.Namespace, plain: Server, study: Study, target: Target) -> list[dict[str, Any]]:
-    source = measure.PromptSource(target)
-    choices = study.choices()
-    rates: list[list[float] | None] = [[rate] for rate in args.rates] if args.shape or args.tiny else [None]
-    # what a request says in a cell, about
-    growth = num_rounds(choices) * (1 + max(choices)) // 2
-    results = []
-    for batch, context in itertools.product(args.batches, args.contexts):
-        if batch * (context + growth) > args.pool or context + 2 * growth > target.shape.context:
-            print(f"skipped: {batch} x {context}: {args.pool} tokens of KV do not hold it", file=sys.stderr)
-            continue
-        prompts = source.prompts(Scene(batch, context, 1), seed=0)
-        line = plain_line(plain, source, batch, (context, context + growth), args.plain_tokens)
-        for given in rates:
-            result = study_cell(study, prompts, given, line, choices)
-            results.append({"batch": batch, "context": context, "rate": given and given[0], **result})
-            print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    return results
-
-
-def cells_table(results: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        "| batch x context | acceptance | over plain (range) | best fixed k: over plain | over the best (range) | "
-        "own k | settled after rounds | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        rows.append(
-            f"| {r['batch']} x {r['context']:,} | {r['rate'] or 'real'} | {r['over_plain']:.3f} "
-            f"({r['over_plain_range'][0]:.3f} to {r['over_plain_range'][1]:.3f}) | {r['best_k']}: "
-            f"{r['best_over_plain']:.3f} | {r['over_best']:.3f} ({r['over_best_range'][0]:.3f} to "
-            f"{r['over_best_range'][1]:.3f}) | {r['own_k']} | {r['settled_after_rounds']} | "
-            f"{'' if r['met'] else 'MISSED'} |"
-        )
-    return "\n".join(rows)
-
-
-# Load that rises and falls
-
-
-def rising_load(seconds: float, peak: int, vocab: int, seed: int = 0) -> list[Arrival]:
-    """Requests whose number rises to about `peak` at a time and falls again; prompts from short to long."""
-    rng = random.Random(seed)
-    arrivals = []
-    after = 0.0
-    while after < seconds:
-        # a triangle: 1 at both ends
-        height = 1 + (peak - 1) * (1 - abs(2 * after / seconds - 1))
-        context = int(2 ** rng.uniform(6, 6 + 5 * after / seconds + 1))
-        prompt = [rng.randrange(vocab) for _ in range(context)]
-        sampling = {"temperature": 0.0, "max_new_tokens": rng.randint(128, 512), "ignore_eos": True}
-        arrivals.append(Arrival(prompt, sampling, after))
-        # each stays for some seconds
-        after += 4.0 / height
-    return arrivals
-
-
-def tokens_over_time(traces: Sequence[Any], began: float, ended: float, bin_s: float = 1.0) -> list[float]:
-    """Tokens per second that arrived in each `bin_s` seconds."""
-    edges = [began + i * bin_s for i in range(int((ended - began) / bin_s) + 2)]
-    bins = [0.0] * (len(edges) - 1)
-    for trace in traces:
-        had = 0
-        for at, count in zip(trace.times, trace.counts, strict=True):
-            bins[min(max(bisect.bisect_right(edges, at) - 1, 0), len(bins) - 1)] += (count - had) / bin_s
-            had = count
-    return [round(value, 1) for value in bins]
-
-
-def one_load(server: Server, arrivals: Sequence[Arrival]) -> dict[str, Any]:
-    server.flush_cache()
-    began = time.perf_counter()
-    traces = run_arrivals(server.url, arrivals, timeout_s=900)
-    ended = time.perf_counter()
-    latencies = sorted(trace.end - trace.sent for trace in traces)
-    return {
-        "seconds": round(ended - began, 2),
-        "tokens": sum(trace.counts[-1] for trace in traces),
-        "latency_p50_s": round(statistics.median(latencies), 3),
-        "latency_p99_s": round(latencies[int(0.99 * (len(latencies) - 1))], 3),
-        "tokens_per_s_over_time": tokens_over_time(traces, began, ended),
-    }
-
-
-def loads(args: argparse.Namespace, plain: Server, study: Study, target: Target) -> list[dict[str, Any]]:
-    """The same arrivals for plain SGLang, the controller, and each fixed k."""
-    choices = study.choices()
-    arrivals = rising_load(args.seconds, max(args.batches), min(target.shape.vocab, 150_000))
-    rates = [args.rates[len(args.rates) // 2]] if args.shape or args.tiny else None
-    results = [{"who": "plain", **one_load(plain, arrivals)}]
-    for k in (None, *choices):
-        study.set(k, rates, fresh=k is None)
-        results.append({"who": "controller" if k is None else f"k={k}", "rate": rates and rates[0]})
-        results[-1] |= one_load(study.server, arrivals)
-        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    return results
-
-
-def loads_table(results: Sequence[dict[str, Any]]) -> str:
-    rows = ["| who | seconds for all | tokens | latency p50, s | p99, s |", "|---|---|---|---|---|"]
-    rows += [
-        f"| {r['who']} | {r['seconds']} | {r['tokens']:,} | {r['latency_p50_s']} | {r['latency_p99_s']} |"
-        for r in results
-    ]
-    return "\n".join(rows)
-
-
-def plot_loads(results: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5))
-    for result in results:
-        is_thick = result["who"] in ("plain", "controller")
-        axes.plot(result["tokens_per_s_over_time"], label=result["who"], linewidth=2.2 if is_thick else 0.9)
-    axes.set(xlabel="seconds", ylabel="tokens/s", title="Load that rises and falls")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+STUDY_SERVER = [sys.executable, str(Path(__file__).resolve().parent / "study_server.py")]
+MET, MISSED, TIME_IS_UP = 0, 1, 3
+# what SGLang sets aside for the rest of each request before it admits another: requests of a study are told to say far
+# more than they will, and are aborted
+ADMISSION = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "512"}
 
 
 def arguments() -> argparse.Namespace:
@@ -410,79 +63,139 @@ def arguments() -> argparse.Namespace:
     model.add_argument("--model", type=Path, help="real weights, real acceptance")
     model.add_argument("--shape", choices=sorted(SHAPES), help="random weights, simulated acceptance")
     model.add_argument("--tiny", action="store_true", help="a tiny random model, simulated acceptance")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="the largest is the load's peak"
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 2048, 16384])
     parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.7, 0.9], help="SIMULATED acceptance")
-    parser.add_argument("--pool", type=int, help="tokens of KV of each server; default 220000, tiny 12000")
-    parser.add_argument("--plain-tokens", type=int, help="that plain SGLang decodes in a cell; default 384, tiny 48")
-    parser.add_argument("--seconds", type=float, default=40, help="of arrivals")
+    parser.add_argument("--pool", type=int, help="tokens of KV of each server; default 240000, tiny 12000")
+    parser.add_argument("--plain-tokens", type=int, help="plain decode steps at a length; default 48, tiny 24")
+    parser.add_argument("--seconds", type=float, default=30, help="of load")
     parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeat")
     parser.add_argument("--spec-arg", action="append", default=[], help="for SPARSESPEC; repeat")
-    parser.add_argument("--json", type=Path, help="where the JSON document goes as well")
+    parser.add_argument("--json", type=Path, help="JSON lines, one a cell or contender; the same command goes on")
+    parser.add_argument("--max-minutes", type=float, help="stop in time and exit with 3; call again to go on")
     parser.add_argument("--plot", type=Path, help="of load over time")
     args = parser.parse_args()
-    args.pool = args.pool or (12_000 if args.tiny else 220_000)
-    args.plain_tokens = args.plain_tokens or (48 if args.tiny else 384)
+    args.pool = args.pool or (12_000 if args.tiny else 240_000)
+    args.plain_tokens = args.plain_tokens or (24 if args.tiny else 48)
     return args
+
+
+def graph_sizes(what: str, batches: list[int]) -> list[int]:
+    """Batches that graphs are captured for, ascending: those of the cells, or few enough to pad little under load."""
+    if what == "cells":
+        return sorted(set(batches))
+    peak = max(batches)
+    powers = [1 << i for i in range(peak.bit_length())]
+    return sorted({size for power in powers for size in (power, 3 * power // 2) if size < peak} | {peak})
 
 
 def server_args(args: argparse.Namespace) -> list[str]:
     """The same for both."""
-    common = ["--max-running-requests", str(max(args.batches)), "--max-total-tokens", str(args.pool)]
-    common += ["--skip-server-warmup", "--incremental-streaming-output", "--random-seed", "1"]
+    # the spare: at its limit SGLang would let the last request of a batch wait for the first
+    common = ["--max-running-requests", str(max(args.batches) + SPARE_REQUESTS)]
+    common += ["--max-total-tokens", str(args.pool), "--skip-server-warmup", "--random-seed", "1"]
+    common += ["--incremental-streaming-output"]
     if args.shape:
         common += ["--load-format", "dummy", "--skip-tokenizer-init"]
     if has_gpu():
         common += ["--disable-prefill-cuda-graph", "--attention-backend", "flashinfer", "--dtype", "bfloat16"]
-        # each takes its part of what is free when it starts
-        common += ["--cuda-graph-bs-decode", *map(str, args.batches)]
+        common += ["--cuda-graph-bs-decode", *map(str, graph_sizes(args.what, args.batches))]
     else:
         common += ["--dtype", "float32"]
     return common + args.server_arg
 
 
-def main() -> int:
-    args = arguments()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        model = args.model
-        if args.shape:
-            model = write_shape(args.shape, Path(folder) / args.shape)
-        elif args.tiny:
-            from sglang_sparsespec.model_tools.tiny import write_tiny_model
+def spec_args(args: argparse.Namespace) -> list[str]:
+    return ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *args.spec_arg]
 
-            model = write_tiny_model(Path(folder) / "tiny", context=8192)
-        target = Target(model.name, str(model), "bfloat16", read_shape(model), has_weights=args.model is not None)
-        control = Path(folder) / "control.json"
-        control.write_text("{}")
-        common = server_args(args)
-        # what the caller's shell left on would pass for real acceptance
-        env: dict[str, str | None] = dict.fromkeys(SIMULATION)
-        fractions = ("0.4", "0.8") if has_gpu() else ("0.5", "0.5")
-        plain = Server(model, *common, "--mem-fraction-static", fractions[0], env=env, timeout_s=600)
-        ours = ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *args.spec_arg]
-        study = Server(
-            model,
-            *common,
-            *ours,
-            "--mem-fraction-static",
-            fractions[1],
-            env={**env, CONTROL: str(control)},
-            command=STUDY_SERVER,
-            timeout_s=600,
-        )
-        # one after the other: each sizes its pool by what is free
-        stack.enter_context(plain)
-        stack.enter_context(study)
-        run, table = (cells, cells_table) if args.what == "cells" else (loads, loads_table)
-        results = run(args, plain, Study(study, control), target)
+
+def start(
+    args: argparse.Namespace, model: Path, folder: Path, stack: contextlib.ExitStack
+) -> tuple[PlainServer, Study]:
+    """Both servers, up until the stack ends."""
+    control, plain_control = folder / "control.json", folder / "plain.json"
+    control.write_text("{}")
+    # a simulation that the caller's shell left on would pass for real acceptance
+    env: dict[str, str | None] = {**dict.fromkeys(SIMULATION), **ADMISSION}
+    # each takes its part of what is free when it starts
+    fractions = ("0.4", "0.8") if has_gpu() else ("0.5", "0.5")
+    common: dict[str, Any] = {"command": STUDY_SERVER, "timeout_s": 600}
+    plain_args = [*server_args(args), "--mem-fraction-static", fractions[0]]
+    ours = [*server_args(args), *spec_args(args), "--mem-fraction-static", fractions[1]]
+    # one after the other: each sizes its pool by what is free
+    plain = stack.enter_context(Server(model, *plain_args, env={**env, PLAIN: str(plain_control)}, **common))
+    study = stack.enter_context(Server(model, *ours, env={**env, CONTROL: str(control)}, **common))
+    return PlainServer(plain, plain_control), Study(study, control)
+
+
+def model_of(args: argparse.Namespace, folder: Path) -> Path:
+    if args.shape:
+        return write_shape(args.shape, folder / args.shape)
+    if args.tiny:
+        from sglang_sparsespec.model_tools.tiny import write_tiny_model
+
+        return write_tiny_model(folder / "tiny", context=8192)
+    return args.model
+
+
+def book_of(args: argparse.Namespace) -> Book:
+    facts = provenance()
+    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit")}
+    context["model"] = args.shape or ("tiny" if args.tiny else str(args.model.resolve()))
+    # not the batches: a cell is the same whatever other cells are asked for
+    context["options"] = [args.pool, args.plain_tokens, args.server_arg, args.spec_arg]
     acceptance = "real" if args.model else "SIMULATED"
-    document = {**provenance(), "acceptance": acceptance, "server_args": [*common, *ours], "results": results}
-    print(f"acceptance: {acceptance}\n\n{table(results)}")
-    if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
-    if args.plot and args.what == "load":
-        plot_loads(results, args.plot)
-    return 0 if all(result.get("met", True) for result in results) else 1
+    ours = [*server_args(args), *spec_args(args)]
+    return Book(args.json, context, {"acceptance": acceptance, "server_args": ours, "provenance": facts})
+
+
+def is_complete(args: argparse.Namespace, book: Book) -> bool:
+    """Whether nothing is left to measure, as far as one knows without a server."""
+    if args.what == "cells":
+        return all(book.has(cell) for cell in wanted_cells(args))
+    # the k are the server's to say: all are there if the last one is, for failures are none
+    names = {r["who"] for r in book.of("result", LOAD) if book.has(load_of(args, r["who"]))}
+    return {"plain", "controller", "k=0"} <= names and not book.of("failure", LOAD)
+
+
+def measure(args: argparse.Namespace, book: Book, time_left: Allowance) -> int:
+    """What the file lacks. Exit code: MET, or why there is more to do."""
+    run = run_cells if args.what == "cells" else run_loads
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        model = model_of(args, folder)
+        target = Target(model.name, str(model), "bfloat16", read_shape(model), has_weights=args.model is not None)
+        try:
+            plain, study = start(args, model, folder, stack)
+            is_whole = run(args, book, time_left, plain, study, target, PromptSource(target))
+        except FAILURES as error:
+            # a dead server ends the call; what was measured is on file
+            print(f"the call ends: {error}", file=sys.stderr, flush=True)
+            return MISSED
+    return MET if is_whole else TIME_IS_UP
+
+
+def main() -> int:
+    began = time.monotonic()
+    args = arguments()
+    book = book_of(args)
+    code = MET if is_complete(args, book) else measure(args, book, Allowance(args.max_minutes, began))
+    print(f"acceptance: {'real' if args.model else 'SIMULATED'}\n")
+    print(cells_table(book) if args.what == "cells" else loads_table(book))
+    if args.plot and book.of("result", LOAD):
+        plot_loads(book.of("result", LOAD), args.plot)
+    if code == TIME_IS_UP:
+        print("\ntime is up; the same command goes on")
+    return code or (MET if is_met(args, book) else MISSED)
+
+
+def is_met(args: argparse.Namespace, book: Book) -> bool:
+    if args.what == "load":
+        found = load_verdict(book.of("result", LOAD))
+        return found is not None and found["met"] and not book.of("failure", LOAD)
+    return all(cell["met"] for cell in book.of("result", CELL)) and not book.of("failure", CELL)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""A SPARSESPEC server whose k and acceptance are set from outside, for studies of the controller.
+"""Servers for studies of the controller, which write down every round by the scheduler's own clock.
 
     SPARSESPEC_STUDY=CONTROL python scripts/bench/study_server.py --model-path PATH --speculative-algorithm SPARSESPEC \
         --sparsespec-adaptive ...
+    SPARSESPEC_STUDY_PLAIN=CONTROL python scripts/bench/study_server.py --model-path PATH     # SGLang as it is
 
 CONTROL is a JSON file, read again when it has changed:
 
@@ -13,7 +14,11 @@ CONTROL is a JSON file, read again when it has changed:
     label   any text, for the record
 
 Rounds with a k from outside teach the controller nothing. Every round whose results have arrived is a line in
-CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, tokens, label].
+CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, drafts that stood by request, label].
+
+A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
+label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
+where anything else ran in between.
 """
 
 from __future__ import annotations
@@ -29,7 +34,14 @@ import torch
 from hooked_server import before_worker_runs
 
 CONTROL = "SPARSESPEC_STUDY"
+PLAIN = "SPARSESPEC_STUDY_PLAIN"
+PLAIN_LABEL = "plain"
 SEED = 5
+
+
+def rounds_file(control: Path) -> Path:
+    """Where the rounds of a server with this control are written."""
+    return control.with_name(control.name + ".rounds")
 
 
 class Control:
@@ -38,7 +50,7 @@ class Control:
     def __init__(self, path: Path) -> None:
         self._path, self._changed = path, 0
         self.now: dict[str, Any] = {}
-        self.rounds = path.with_name(path.name + ".rounds").open("a", buffering=1)
+        self.rounds = rounds_file(path).open("a", buffering=1)
         self._generator: torch.Generator | None = None
 
     def read(self) -> None:
@@ -85,17 +97,8 @@ def install(control: Control) -> None:
 
     def observe(self: Any, done: Any, num_correct: Any, round_ms: float | None) -> None:
         _, label, is_own = planned.pop(id(done))
-        num_reqs = len(num_correct)
-        line = [
-            time.perf_counter(),
-            num_reqs,
-            done.num_steps,
-            done.pool_tokens,
-            round_ms,
-            sum(num_correct) + num_reqs,
-            label,
-        ]
-        control.rounds.write(json.dumps(line) + "\n")
+        stood = list(num_correct)
+        write_round(control.rounds, time.perf_counter(), done.num_steps, done.pool_tokens, round_ms, stood, label)
         if is_own:
             learn(self, done, num_correct, round_ms)
 
@@ -111,8 +114,50 @@ def install(control: Control) -> None:
     sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
 
 
+def write_round(
+    file: Any,
+    arrived: float,
+    num_steps: int,
+    pool_tokens: int,
+    round_ms: float | None,
+    num_correct: list[int],
+    label: str,
+) -> None:
+    line = [arrived, len(num_correct), num_steps, pool_tokens, round_ms and round(round_ms, 4), num_correct, label]
+    file.write(json.dumps(line, separators=(",", ":")) + "\n")
+
+
+def watch_decodes(scheduler: Any, rounds: Path) -> None:
+    """Write down when the results of each decode batch arrive at `scheduler`, SGLang's class; nothing else changes."""
+    process = scheduler.process_batch_result
+    file = rounds.open("a", buffering=1)
+    before: float | None = None
+
+    def processed(self: Any, batch: Any, result: Any) -> Any:
+        nonlocal before
+        if not batch.forward_mode.is_decode():
+            before = None
+            return process(self, batch, result)
+        # what SGLang does next anyway
+        if result.copy_done is not None:
+            result.copy_done.synchronize()
+        arrived = time.perf_counter()
+        round_ms = None if before is None else 1e3 * (arrived - before)
+        before = arrived
+        pool_tokens = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
+        write_round(file, arrived, 0, pool_tokens, round_ms, [0] * len(batch.reqs), PLAIN_LABEL)
+        return process(self, batch, result)
+
+    scheduler.process_batch_result = processed
+
+
 if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:
     before_worker_runs(lambda: install(Control(Path(os.environ[CONTROL]))))
+
+if __name__ == "__mp_main__" and PLAIN in os.environ:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    watch_decodes(Scheduler, rounds_file(Path(os.environ[PLAIN])))
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

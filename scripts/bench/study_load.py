@@ -1,0 +1,254 @@
+"""Load that rises and falls: a client that keeps so many requests in flight, as many at the same time for all.
+
+A request that ends makes place for the next one while the target holds; prompts and answers follow from the time at
+which a request is sent, prompts from short to long. Tokens are those that requests were answered with, the time is that
+until the last answer: nothing here depends on how fast a client reads a stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import statistics
+import sys
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import aiohttp
+from study_client import FAILURES
+from study_rounds import OVER_BEST, OVER_PLAIN
+
+from sglang_sparsespec.bench.cells import Scene
+from sglang_sparsespec.bench.server import ServerError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from study_book import Allowance, Book
+    from study_client import PlainServer, Study, Watched
+    from study_rounds import RoundLine
+
+    from sglang_sparsespec.bench.cells import Target
+    from sglang_sparsespec.bench.measure import PromptSource
+
+WHAT = "load"
+POLL_S = 0.01
+# seconds beyond --seconds until the last answer, before one was measured
+FIRST_GUESS_S = 10.0
+NUM_TEXTS = 64
+
+
+class Sizes(NamedTuple):
+    """Tokens of requests."""
+
+    shortest: int
+    longest: int
+    """Of prompts; those of the beginning are a quarter of that at most."""
+    answers: tuple[int, int]
+
+
+SIZES, TINY_SIZES = Sizes(128, 4096, (256, 768)), Sizes(16, 128, (16, 48))
+
+
+class Answer(NamedTuple):
+    sent: float
+    ended: float
+    tokens: int
+
+
+def target_running(share: float, peak: int) -> int:
+    """Requests in flight after this share of the time: a triangle from 1 to `peak` and back."""
+    height = 1 - abs(2 * share - 1)
+    return max(1, round(1 + (peak - 1) * height)) if 0 <= share < 1 else 0
+
+
+def request_at(share: float, index: int, texts: Sequence[Sequence[int]], sizes: Sizes) -> tuple[list[int], int]:
+    """(prompt, tokens of the answer) of the request that is sent as number `index`, after this share of the time."""
+    rng = random.Random(index)
+    # prompts of the beginning, an eighth of the longest at most; of the end, all lengths
+    limit = sizes.longest / 8 ** (1 - share)
+    length = int(sizes.shortest * max(1.0, limit / sizes.shortest) ** rng.random())
+    text = texts[index % len(texts)]
+    # from any place: no two prompts begin alike
+    start = rng.randrange(max(1, len(text) - length))
+    return list(text[start : start + length]), rng.randint(*sizes.answers)
+
+
+async def _drive(url: str, texts: Sequence[Sequence[int]], sizes: Sizes, peak: int, seconds: float) -> list[Answer]:
+    answers: list[Answer] = []
+    timeout = aiohttp.ClientTimeout(total=300)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+
+        async def one(ids: list[int], new_tokens: int) -> None:
+            sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+            sent = time.perf_counter()
+            async with session.post(url + "/generate", json={"input_ids": ids, "sampling_params": sampling}) as got:
+                if got.status != 200:
+                    raise ServerError(f"/generate answered {got.status}: {(await got.text())[:500]}")
+                tokens = (await got.json())["meta_info"]["completion_tokens"]
+            answers.append(Answer(sent, time.perf_counter(), tokens))
+
+        began, index = time.perf_counter(), 0
+        flying: set[asyncio.Task[None]] = set()
+        try:
+            while (share := (time.perf_counter() - began) / seconds) < 1 or flying:
+                while len(flying) < target_running(share, peak):
+                    flying.add(asyncio.create_task(one(*request_at(share, index, texts, sizes))))
+                    index += 1
+                done, flying = await asyncio.wait(flying, timeout=POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        except (aiohttp.ClientError, asyncio.TimeoutError) as error:
+            raise ServerError(f"a request failed: {error!r}") from error
+        finally:
+            for task in flying:
+                task.cancel()
+    return answers
+
+
+def over_time(rounds: Sequence[RoundLine], began: float, ended: float) -> tuple[list[float], list[float]]:
+    """(tokens, requests running on the average of rounds) of each second, by the server's rounds; 0 without any."""
+    tokens = [0.0] * (int(ended - began) + 1)
+    running: list[list[int]] = [[] for _ in tokens]
+    for line in rounds:
+        if began <= line.time <= ended:
+            second = int(line.time - began)
+            tokens[second] += line.tokens
+            running[second].append(line.num_reqs)
+    return tokens, [round(statistics.fmean(found), 1) if found else 0.0 for found in running]
+
+
+def one_load(
+    watched: Watched, texts: Sequence[Sequence[int]], sizes: Sizes, peak: int, seconds: float
+) -> dict[str, Any]:
+    watched.forget_prompts()
+    watched.new_rounds()
+    answers = asyncio.run(_drive(watched.server.url, texts, sizes, peak, seconds))
+    began, ended = min(a.sent for a in answers), max(a.ended for a in answers)
+    rounds = watched.new_rounds()
+    tokens, running = over_time(rounds, began, ended)
+    latencies = sorted(a.ended - a.sent for a in answers)
+    total = sum(a.tokens for a in answers)
+    return {
+        "wall_s": round(ended - began, 2),
+        "requests": len(answers),
+        "tokens": total,
+        "tokens_per_s": round(total / (ended - began), 2),
+        "most_running": max((line.num_reqs for line in rounds), default=0),
+        "latency_p50_s": round(statistics.median(latencies), 3),
+        "latency_p99_s": round(latencies[int(0.99 * (len(latencies) - 1))], 3),
+        "tokens_over_time": tokens,
+        "running_over_time": running,
+    }
+
+
+def run_loads(
+    args: argparse.Namespace,
+    book: Book,
+    time_left: Allowance,
+    plain: PlainServer,
+    study: Study,
+    target: Target,
+    source: PromptSource,
+) -> bool:
+    """The same load for plain SGLang, the controller, and each fixed k; False where time was up before all were tried.
+
+    Raises:
+        ServerError: a server died.
+    """
+    sizes, peak = TINY_SIZES if args.tiny else SIZES, max(args.batches)
+    texts = source.prompts(Scene(NUM_TEXTS, min(2 * sizes.longest, target.shape.context), 1), seed=0)
+    rates = None if args.model else [args.rates[len(args.rates) // 2]]
+    for who, k in wanted_loads(study.choices()):
+        thing = load_of(args, who)
+        if book.has(thing):
+            continue
+        extra = max((r["wall_s"] - r["seconds"] for r in book.of("result", WHAT)), default=FIRST_GUESS_S)
+        if not time_left.allows(args.seconds + 1.2 * extra + 2):
+            return False
+        watched: Watched = plain
+        if who != "plain":
+            watched = study
+            study.set(k, rates, fresh=k is None)
+        try:
+            book.note("result", thing, one_load(watched, texts, sizes, peak, args.seconds))
+            shown = {key: value for key, value in book.of("result", WHAT)[-1].items() if key in ("who", "tokens_per_s")}
+            print(json.dumps(shown), file=sys.stderr, flush=True)
+        except FAILURES as error:
+            book.note("failure", thing, {"reason": str(error)[:2000]})
+            print(f"failed: {who}: {str(error)[:2000]}", file=sys.stderr, flush=True)
+            watched.require_alive()
+    return True
+
+
+def wanted_loads(choices: Sequence[int]) -> list[tuple[str, int | None]]:
+    """(name, k) of each contender; those that a verdict needs first."""
+    return [("plain", None), ("controller", None), *((f"k={k}", k) for k in reversed(choices))]
+
+
+def load_of(args: argparse.Namespace, who: str) -> dict[str, Any]:
+    rate = None if args.model else args.rates[len(args.rates) // 2]
+    return {"what": WHAT, "who": who, "peak": max(args.batches), "seconds": args.seconds, "rate": rate}
+
+
+def load_verdict(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The controller over plain SGLang and over the best fixed k, in tokens per second; None where one is missing."""
+    speeds = {r["who"]: r["tokens_per_s"] for r in results}
+    fixed = {who: value for who, value in speeds.items() if who.startswith("k=")}
+    if not fixed or not {"plain", "controller"} <= speeds.keys():
+        return None
+    best = max(fixed, key=lambda who: fixed[who])
+    over_plain, over_best = speeds["controller"] / speeds["plain"], speeds["controller"] / fixed[best]
+    return {
+        "over_plain": round(over_plain, 4),
+        "best": best,
+        "over_best": round(over_best, 4),
+        "met": over_plain >= OVER_PLAIN and over_best >= OVER_BEST,
+    }
+
+
+def loads_table(book: Book) -> str:
+    """Of everything on file."""
+    results = book.of("result", WHAT)
+    rows = [
+        "| who | tokens/s | seconds | requests | tokens | most running | latency p50, s | p99, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows += [
+        f"| {r['who']} | {r['tokens_per_s']:,} | {r['wall_s']} | {r['requests']} | {r['tokens']:,} | "
+        f"{r['most_running']} | {r['latency_p50_s']} | {r['latency_p99_s']} |"
+        for r in results
+    ]
+    found = load_verdict(results)
+    if found is None:
+        rows.append("\nno verdict: plain, the controller and a fixed k are needed")
+    else:
+        rows.append(
+            f"\ncontroller: {found['over_plain']} of plain (at least {OVER_PLAIN} is asked for), {found['over_best']} "
+            f"of the best fixed k, {found['best']} (at least {OVER_BEST}): {'met' if found['met'] else 'MISSED'}"
+        )
+    rows += [f"\nfailure: {r['who']}: {(r['reason'].splitlines() or [''])[0]}" for r in book.of("failure", WHAT)]
+    return "\n".join(rows)
+
+
+def plot_loads(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Tokens per second over time, and on a second axis the requests that ran."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
+    beside = axes.twinx()
+    for result in results:
+        is_thick = result["who"] in ("plain", "controller")
+        [line] = axes.plot(result["tokens_over_time"], label=result["who"], linewidth=2.2 if is_thick else 0.9)
+        beside.plot(result["running_over_time"], color=line.get_color(), linestyle=":", linewidth=0.9)
+    axes.set(xlabel="seconds", ylabel="tokens/s", title="Load that rises and falls")
+    beside.set(ylabel="requests running (dotted)")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
