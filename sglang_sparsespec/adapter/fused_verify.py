@@ -7,6 +7,7 @@ so a verify can be captured.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -16,11 +17,31 @@ from sglang_sparsespec.selection import SelectionPolicy
 from sglang_sparsespec.speculation.memory import num_score_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_sparsespec.selection.base import Policy
     from sglang_sparsespec.selection.store import SelectionStore
+
+
+def verify_groups(len_bounds: Sequence[int], num_columns: int) -> list[slice]:
+    """Requests in as few runs of about equal number as fit the score buffer, each for a verify of its own.
+
+    Lengths add up to more than the pool where requests share a prefix, which is there once and scored for each.
+
+    Args:
+        len_bounds: tokens of each request, at least what is committed; one request always fits.
+        num_columns: of the buffer, a token of a request each.
+    """
+    num_reqs = len(len_bounds)
+    for num_groups in range(1, num_reqs + 1):
+        edges = [num_reqs * i // num_groups for i in range(num_groups + 1)]
+        groups = [slice(start, end) for start, end in pairwise(edges)]
+        if all(sum(len_bounds[group]) <= num_columns for group in groups):
+            return groups
+    return [slice(i, i + 1) for i in range(num_reqs)]
 
 
 class FusedPlan(NamedTuple):

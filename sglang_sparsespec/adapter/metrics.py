@@ -118,6 +118,7 @@ class RoundMetrics:
         self._window_verifies = self._window_accept_tokens = 0
         self._rounds = 0
         self._share = 0.0
+        self._window_groups: list[int] = []
         self._status: Callable[[], Status | None] = lambda: None
 
     def watch(self, status: Callable[[], Status | None]) -> None:
@@ -128,6 +129,10 @@ class RoundMetrics:
         """Note the share of KV that the drafts of a round read, from lengths that the host knows."""
         self._share = sum(map(min, budgets, kv_lens)) / max(1, sum(kv_lens))
         self.refresh.next_round()
+
+    def verified_in(self, num_groups: int) -> None:
+        """Note in how many forwards a round verified; more than one where shared prefixes add up to over a pool."""
+        self._window_groups.append(num_groups)
 
     def reserved(self, num_bytes: int) -> None:
         """Note what is held of the device's memory beside the KV pool."""
@@ -148,18 +153,22 @@ class RoundMetrics:
         self._accept_tokens += self._window_accept_tokens
         self._window_verifies = self._window_accept_tokens = 0
         refresh_ms, status = self.refresh.last_ms, self._status()
+        groups = sum(self._window_groups) / max(1, len(self._window_groups))
+        self._window_groups.clear()
         if self._speaks:
             logger.info(
-                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s%s",
+                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s%s%s",
                 accept_length,
                 self._num_steps + 1,
                 self._share,
                 "" if refresh_ms is None else f", selection refresh {refresh_ms:.2f} ms/round",
+                "" if groups <= 1 else f", {groups:.2f} verifies/round",
                 "" if status is None else f", {_decision(status)}",
             )
         if self._gauges is not None:
             self._gauges["accept_length"].set(accept_length)
             self._gauges["budget_share"].set(self._share)
+            self._gauges["verifies_per_round"].set(groups)
             if refresh_ms is not None:
                 self._gauges["selection_refresh_ms"].set(refresh_ms)
             if status is not None:
@@ -212,6 +221,8 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
         "num_steps": "Drafts per round that the controller wants; with --sparsespec-adaptive only.",
         "predicted_speedup": "Tokens per time over plain decoding's, as the cost model expects; 0: unknown.",
         "measured_speedup": "The same by the times of the last rounds and plain decoding's expected time; 0: unknown.",
+        "verifies_per_round": "Fused verifies in a round, mean of the last log interval; above 1 where requests share "
+        "prefixes and their lengths add up to more than the pool. 0: not fused, or every round was unified.",
         "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
     }
     return {

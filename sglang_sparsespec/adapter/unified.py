@@ -92,13 +92,16 @@ class UnifiedRounds:
         # of the last round: a steady batch has the same again
         self._inputs: tuple[Any, RoundInputs] | None = None
 
-    def takes(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
+    def takes(self, batch: ScheduleBatch, plan: RoundPlan, num_columns: int) -> bool:
         """Whether a round can run by this schedule.
 
-        Penalties and grammars change a chain's logits token by token, and drafts made for another k would be cut.
+        Penalties and grammars change a chain's logits token by token, and drafts made for another k would be cut. The
+        scores of those that verify together must fit the buffer's `num_columns`, whoever they are.
         """
+        verifying = sorted(plan.len_bounds)[-load_of(plan.batch_size, self._num_steps).verify_reqs :]
         return (
-            plan.steps.num_steps == self._num_steps
+            sum(verifying) <= num_columns
+            and plan.steps.num_steps == self._num_steps
             and plan.penalised is None
             and not batch.has_grammar
             and batch.sampling_info.logit_bias is None

@@ -26,7 +26,7 @@ from sglang_sparsespec.adapter.adaptive import RoundSteps, StepPlan
 from sglang_sparsespec.adapter.assist import NgramAssist
 from sglang_sparsespec.adapter.attention_backend import SparseSpecAttnBackend
 from sglang_sparsespec.adapter.cpu_attention import TorchPagedAttnBackend
-from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify
+from sglang_sparsespec.adapter.fused_verify import FusedPlan, FusedVerify, verify_groups
 from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.adapter.memory import block_rule, identity, model_shape, round_shape
 from sglang_sparsespec.adapter.metrics import RoundMetrics
@@ -87,8 +87,8 @@ class RoundPlan(NamedTuple):
     """[num_reqs, K + 1], int64, KV slots of those positions."""
     max_committed_len: int
     """Bound of n, known to the host without asking the device."""
-    max_total_len: int
-    """Bound of n summed over the requests, likewise."""
+    len_bounds: list[int]
+    """Bound of each n, likewise."""
     batch_size: int
     """What the round is padded to."""
     rule: SamplingRule
@@ -206,7 +206,9 @@ class SparseSpecWorker(BaseSpecWorker):
     def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
         if self._unified is None:
             return False
-        if plan.steps.schedule == "unified" and self._can_fuse(plan) and self._unified.takes(batch, plan):
+        assert self._backend.fused is not None
+        num_columns = self._backend.fused.num_columns
+        if plan.steps.schedule == "unified" and self._unified.takes(batch, plan, num_columns):
             return True
         self._unified.forget()
         return False
@@ -253,7 +255,7 @@ class SparseSpecWorker(BaseSpecWorker):
             positions=positions,
             slots=slots,
             max_committed_len=min(max(bounds), limit),
-            max_total_len=sum(bounds),
+            len_bounds=bounds,
             batch_size=self._draft_step.padded(len(bounds)),
             rule=self._sampler.rule(batch),
             penalised=self._penalties.rows_of(batch),
@@ -426,8 +428,12 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         chain = torch.cat([batch.spec_info.bonus_tokens.long()[:, None], drafts.tokens], dim=1)
         grammar_tree = GrammarTree.from_linear_chain(chain) if batch.has_grammar else None
-        run = self._verify_fused if self._can_fuse(plan) else self._verify_with_backend
-        output = run(batch, plan, chain)
+        fused = self._backend.fused
+        if fused is None:
+            output = self._verify_with_backend(batch, plan, chain)
+        else:
+            logits = self._verify_fused(plan, chain, fused.num_columns)
+            output = LogitsProcessorOutput(next_token_logits=logits)
         grammar_mask = None
         if grammar_tree is not None:
             grammar_mask = build_grammar_vocab_mask(
@@ -442,24 +448,57 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         return output
 
-    def _can_fuse(self, plan: RoundPlan) -> bool:
-        fused = self._backend.fused
-        # requests that share a long prefix may have more tokens than the pool
-        return fused is not None and plan.max_total_len <= fused.num_columns
+    def _verify_fused(self, plan: RoundPlan, chain: torch.Tensor, num_columns: int) -> torch.Tensor:
+        """Our own verify of a round; in groups where its scores do not fit `num_columns` together.
 
-    def _verify_fused(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
+        Returns:
+            [num_reqs * (k + 1), vocab_size].
+        """
+        self._bound_verify(plan)
+        groups = verify_groups(plan.len_bounds, num_columns)
+        self._metrics.verified_in(len(groups))
+        if len(groups) == 1:
+            logits = self._verify_static(plan, chain, plan.batch_size)
+        else:
+            logits = self._verify_groups(plan, chain, groups)
+        if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
+            self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
+        return logits
+
+    def _verify_groups(self, plan: RoundPlan, chain: torch.Tensor, groups: list[slice]) -> torch.Tensor:
+        num_reqs, num_tokens = chain.shape
+        logits: torch.Tensor | None = None
+        for group in groups:
+            rows = plan.rows[group]
+            batch_size = self._draft_step.padded(rows.shape[0])
+            self._static.load(
+                rows,
+                plan.committed_lens[group],
+                plan.positions[group],
+                plan.slots[group],
+                None,
+                batch_size,
+                num_queries=plan.steps.num_steps + 1,
+            )
+            # read before the next group's forward, which writes in the same place
+            part = self._verify_static(plan, chain[group], batch_size)
+            if logits is None:
+                logits = part.new_empty(num_reqs, num_tokens, part.shape[-1])
+            logits[group] = part.view(-1, num_tokens, part.shape[-1])
+        assert logits is not None, "a round without requests"
+        return logits.flatten(0, 1)
+
+    def _verify_static(self, plan: RoundPlan, chain: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The verify of `chain` for the requests that the static tensors hold, [num_reqs * (k + 1), vocab_size]."""
         # at a width that was captured; what a request has no token for is padding
         num_reqs, num_tokens = chain.shape
         forwards = self._sparse_forwards if plan.is_sparse else self._verify_forwards
         width = min(width for width in forwards if width >= num_tokens)
-        self._static.set_chain(chain, plan.batch_size)
-        self._bound_verify(plan)
-        logits = forwards[width](plan.batch_size)[: num_reqs * width]
+        self._static.set_chain(chain, batch_size)
+        logits = forwards[width](batch_size)[: num_reqs * width]
         if width > num_tokens:
             logits = logits.view(num_reqs, width, -1)[:, :num_tokens].flatten(0, 1)
-        if isinstance(self._policy, SelectionPolicy) and not self._policy.needs_attention:
-            self._backend.select_without_attention(plan.rows, plan.committed_lens.int(), plan.max_committed_len)
-        return LogitsProcessorOutput(next_token_logits=logits)
+        return logits
 
     def _bound_verify(self, plan: RoundPlan) -> None:
         if self.device == "cpu":
@@ -467,10 +506,6 @@ class SparseSpecWorker(BaseSpecWorker):
             self._verify_max_len = plan.max_committed_len + self.config.num_draft_tokens
 
     def _verify_with_backend(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
-        if batch.seq_lens_cpu is None and getattr(self._backend.dense, "needs_cpu_seq_lens", True):
-            # only where a fused verify was expected and could not run
-            batch.seq_lens_cpu = batch.seq_lens.cpu()
-            batch.seq_lens_sum = int(batch.seq_lens_cpu.sum())
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = chain.flatten()
         batch.out_cache_loc = dense_columns(plan.slots, chain.shape[1])
