@@ -50,6 +50,8 @@ class RoundInputs:
     ) -> None:
         self.load = load_of(batch_size, num_steps)
         self.turns = turns(held, phases, num_steps)
+        self.num_verified = [min(has + phase, num_steps) for has, phase in zip(held, phases, strict=True)]
+        """[num_reqs], drafts that each has to verify."""
         # requests by number; the one past the last is padding
         reqs = torch.full((num_steps + 1, _num_columns(self.load)), len(held), dtype=torch.int64)
         numbers = torch.zeros_like(reqs)
