@@ -3,7 +3,7 @@
     python -m sglang_sparsespec.bench.schedules                     # Qwen3-1.7B and 8B on an H100, batch 16 to 256
     python -m sglang_sparsespec.bench.schedules --card H200 --shapes qwen3-14b --eager-gap-ms 4
 
-No server, no GPU: arithmetic on shapes and the constants of `speculation/cost_model.py`. A prediction, not a measurement.
+No server, no GPU: arithmetic on shapes and the constants of `speculation/cost_model.py`. A prediction.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def predict(name: str, card: Roofline, batches: Sequence[int], eager_gap_ms: flo
 def table(rows: Sequence[Row]) -> str:
     """In Markdown. Ratios are speeds: above 1, unified is the faster."""
     lines = [
-        "| shape | batch x context | lockstep: products, KV, between, all, ms | unified: products, KV, between, all, ms | "
-        "unified over lockstep | without `between` | over naive | lockstep over plain |",
+        "| shape | batch x context | lockstep: products, KV, between, all, ms | "
+        "unified: products, KV, between, all, ms | unified over lockstep | without `between` | over naive | lockstep over plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     length = SIMULATED_ACCEPT_LENGTHS["sparsespec"]
