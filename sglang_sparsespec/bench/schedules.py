@@ -73,7 +73,8 @@ def table(rows: Sequence[Row]) -> str:
     """In Markdown. Ratios are speeds: above 1, unified is the faster."""
     lines = [
         "| shape | batch x context | lockstep: products, KV, between, all, ms | "
-        "unified: products, KV, between, all, ms | unified over lockstep | without `between` | over naive | lockstep over plain |",
+        "unified: products, KV, between, all, ms | unified over lockstep | "
+        "without `between` | over naive | lockstep over plain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     length = SIMULATED_ACCEPT_LENGTHS["sparsespec"]

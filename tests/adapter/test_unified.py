@@ -6,6 +6,7 @@ comes out is known, and so is every token, position and slot that goes in.
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.selection.store import DraftKV
-from sglang_sparsespec.speculation.phases import load_of
+from sglang_sparsespec.speculation.phases import assign, load_of, turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -393,3 +394,34 @@ def test_nothing_waits_for_the_device(engine: Callable[..., Engine], is_sampled:
             host.rounds.run(batch, plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("num_reqs", [1, 3, 9, 11, 128])
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_inputs_are_those_of_the_forwards_by_lists(num_reqs: int, k: int) -> None:
+    """The arrays of a round are another way to write down `phases.turns`, padding aside."""
+    from sglang_sparsespec.adapter.unified_state import RoundInputs
+
+    rng, width = random.Random(num_reqs), k + 1
+    rows = torch.arange(100, 100 + num_reqs)
+    for batch_size in (num_reqs, num_reqs + 5):
+        held = [rng.randint(0, k) for _ in range(num_reqs)]
+        phases = assign(held, k)
+        inputs = RoundInputs(held, phases, k, batch_size, torch.device("cpu"))
+        load, packed = load_of(batch_size, k), inputs.packed(rows)
+        for number, turn in enumerate(turns(held, phases, k)):
+            reqs, offsets = inputs.drafting(number)
+            assert (reqs.tolist(), offsets.tolist()) == (turn.draft_reqs, turn.draft_offsets)
+            reqs, num_drafts = inputs.verifying(number)
+            assert (reqs.tolist(), num_drafts.tolist()) == (turn.verify_reqs, turn.num_drafts)
+            of_rows, of_numbers = packed[number].chunk(2)
+            chains = slice(load.draft_reqs, load.draft_reqs + len(turn.verify_reqs) * width)
+            assert of_rows[chains].tolist() == [100 + req for req in turn.verify_reqs for _ in range(width)]
+            assert of_numbers[chains].tolist() == list(range(width)) * len(turn.verify_reqs)
+            # what is left is padding
+            used = 2 * (len(turn.draft_reqs) + len(turn.verify_reqs) * (width + 1))
+            assert int((of_rows > 0).sum()) == used // 2
+            assert (of_numbers[of_rows == 0] == 0).all()
+        assert [inputs.num_verified[req] for turn in turns(held, phases, k) for req in turn.verify_reqs] == [
+            count for turn in turns(held, phases, k) for count in turn.num_drafts
+        ]
