@@ -54,6 +54,7 @@ class Engine:
         wrong_every: int = 0,
         device: str = "cpu",
         is_watched: bool = True,
+        group: Any = None,
     ) -> None:
         from sglang_sparsespec.adapter.sampling import KeptDrafts
         from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
@@ -78,7 +79,7 @@ class Engine:
             num_steps=K,
             sampler=sampler,
             kept=KeptDrafts(MAX_REQS + 1, K),
-            ranks=Ranks(SimpleNamespace(world_size=1)),
+            ranks=Ranks(group or SimpleNamespace(world_size=1)),
             list_slots=self._list_slots,
         )
         self.committed: dict[str, int] = {}
@@ -260,6 +261,47 @@ def test_drafts_that_are_wrong_cost_nothing_else(engine: Callable[..., Engine]) 
         host.add(f"r{i}", 12 - i, 5 + i)
     lens = [len(tokens) for _ in range(20) for tokens in host.round()]
     assert {1, 2, 3, 4} <= set(lens)
+
+
+class TwoRanks:
+    """SGLang's group as rank 0, whose broadcasts are kept, and then as rank 1, which hears them one by one."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.said: list[torch.Tensor] = []
+        self.overruled: list[tuple[int, bool]] = []
+        """Of each broadcast, dimensions of the tensor, and whether rank 1 had another one."""
+        self.rank = 0
+
+    def broadcast(self, tokens: torch.Tensor, src: int = 0) -> torch.Tensor:
+        assert src == 0
+        if self.rank == 0:
+            self.said.append(tokens.clone())
+            return tokens
+        heard = self.said.pop(0)
+        assert heard.shape == tokens.shape
+        self.overruled.append((tokens.dim(), not torch.equal(heard, tokens)))
+        return tokens.copy_(heard)
+
+
+def test_ranks_verify_rank_0s_chains(engine: Callable[..., Engine]) -> None:
+    """Two ranks that drafted otherwise and each verified its own: chains, [num, K + 1], agree before every forward."""
+    group, committed = TwoRanks(), []
+    for rank, wrong_every in enumerate((4, 3)):
+        group.rank = rank
+        host = engine(wrong_every=wrong_every, group=group)
+        for i in range(9):
+            host.add(f"r{i}", i + 1, 10 + i)
+        committed.append([host.round() for _ in range(6)])
+    assert committed[0] == committed[1]
+    assert group.said == []
+    chains = [differs for dims, differs in group.overruled if dims == 2]
+    assert sum(chains) > 10
+    # greedy, over the same chains: there was nothing left to disagree about
+    acceptances = [differs for dims, differs in group.overruled if dims == 1]
+    assert len(acceptances) == 6 * (K + 1)
+    assert not any(acceptances)
 
 
 def test_coming_going_and_rows_that_change_hands(engine: Callable[..., Engine]) -> None:
