@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rows_server import ROWS
 
 from sglang_sparsespec.bench import measure
-from sglang_sparsespec.bench.cells import Scene, Target
+from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene, Target
 from sglang_sparsespec.bench.client import run_requests
 from sglang_sparsespec.bench.planner import SIMULATION
 from sglang_sparsespec.bench.provenance import provenance
@@ -110,6 +110,9 @@ def watch(model: Path, schedule: str, args: argparse.Namespace, prompts: Sequenc
             env |= {"SGLANG_SIMULATE_ACC_LEN": str(args.accept_length)}
         ours = ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-schedule", schedule]
         ours += ["--sparsespec-verify-attention", "fused", "--max-running-requests", str(args.batch)]
+        # on a CPU the server would take the machine's memory
+        longest = max(map(len, prompts)) + args.new_tokens + RESERVE_TOKENS
+        ours += ["--max-total-tokens", str(args.batch * longest)]
         ours += ["--skip-server-warmup", "--incremental-streaming-output"]
         if args.shape:
             ours += ["--load-format", "dummy", "--skip-tokenizer-init"]

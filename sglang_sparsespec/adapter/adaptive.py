@@ -24,7 +24,7 @@ from sglang_sparsespec.config import SCHEDULES
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
 from sglang_sparsespec.speculation.controller import Controller, Round, Status
-from sglang_sparsespec.speculation.schedule_choice import ScheduleChoice
+from sglang_sparsespec.speculation.schedule_choice import ScheduleChoice, ScheduleStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
     from sglang_sparsespec.config import SparseSpecConfig
+    from sglang_sparsespec.speculation.cost_model import ServerCost
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class _InFlight(NamedTuple):
     is_steady: bool
     """Whether nothing else ran before it."""
     schedule: str
+    is_schedule_try: bool = False
+    """Whether its schedule is not the one that is kept: its time says nothing of its k."""
 
 
 class RoundSteps:
@@ -75,6 +78,7 @@ class RoundSteps:
         clock: seconds.
         ranks: schedulers that make the same rounds; default: this one alone. Rank 0 alone learns, and reads and writes
             the profile.
+        cost: what rounds take by the cost model; only `--sparsespec-schedule auto` asks.
 
     Raises:
         ConfigError: the profile is of another server, or none.
@@ -86,6 +90,7 @@ class RoundSteps:
         identity: profile.Identity | None = None,
         clock: Callable[[], float] = time.perf_counter,
         ranks: HostRanks | None = None,
+        cost: ServerCost | None = None,
     ) -> None:
         self.max_steps = config.num_steps
         self._ranks = ranks or HostRanks()
@@ -97,7 +102,10 @@ class RoundSteps:
             self.is_warm = profile.load(self._profile, self._identity, self.controller)
         self._clock = clock
         self._schedule = config.schedule
-        self._choice = ScheduleChoice(("lockstep", "unified")) if self._schedule == "auto" else None
+        self._choice: ScheduleChoice | None = None
+        if self._schedule == "auto" and self._ranks.leads:
+            assert cost is not None, "auto starts from the cost model"
+            self._choice = ScheduleChoice(cost, self.max_steps)
         self._in_flight: deque[_InFlight] = deque()
         self._is_steady = False
         self._arrived: float | None = None
@@ -109,24 +117,43 @@ class RoundSteps:
         Every rank calls this once for every round, before its first forward.
         """
         chosen = self._agreed(pool_tokens, [self.limit_of(req) for req in reqs])
-        schedule = self._agreed_schedule(len(reqs), pool_tokens)
-        self._in_flight.append(_InFlight(chosen, self._is_steady, schedule))
+        schedule = self._agreed_schedule(chosen)
+        is_try = self._choice is not None and chosen.num_steps == self.max_steps and self._choice.is_try(schedule)
+        self._in_flight.append(_InFlight(chosen, self._is_steady, schedule, is_try))
         self._is_steady = True
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft()
         is_limited = min(chosen.allowed) < chosen.num_steps
         return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None, schedule)
 
-    def runs(self, schedule: str) -> None:
-        """The round that was planned last runs by this schedule."""
-        self._in_flight[-1] = self._in_flight[-1]._replace(schedule=schedule)
+    def runs(self, schedule: str, verified: Sequence[int] | None = None) -> None:
+        """The round that was planned last runs by this schedule.
 
-    def _agreed_schedule(self, num_reqs: int, pool_tokens: int) -> str:
-        """Rank 0's choice, as with k; every rank gets here once a round."""
-        if self._choice is None:
+        Args:
+            schedule: lockstep or unified.
+            verified: drafts that each request has to verify, where some have fewer than were wanted: the first round
+                of a request in the unified schedule. None: as planned.
+        """
+        planned = self._in_flight[-1]
+        done = planned.round
+        if verified is not None:
+            # a draft that was not made was not rejected
+            allowed = tuple(map(min, done.allowed, verified))
+            done = done._replace(allowed=allowed)
+        is_try = planned.is_schedule_try and schedule == planned.schedule
+        self._in_flight[-1] = _InFlight(done, planned.is_steady, schedule, is_try)
+
+    def _agreed_schedule(self, chosen: Round) -> str:
+        """Rank 0's choice, as with k; every rank gets here once a round, and knows k."""
+        if self._schedule != "auto":
             return self._schedule
-        chosen = SCHEDULES.index(self._choice.choose(num_reqs, pool_tokens))
-        return SCHEDULES[self._ranks.of_rank_0(chosen)]
+        if chosen.num_steps != self.max_steps:
+            # the unified schedule has rounds of K drafts alone
+            return SCHEDULES[0]
+        wanted = SCHEDULES[0]
+        if self._choice is not None:
+            wanted = self._choice.choose(len(chosen.allowed), chosen.pool_tokens)
+        return SCHEDULES[self._ranks.of_rank_0(SCHEDULES.index(wanted))]
 
     def _agreed(self, pool_tokens: int, limits: Sequence[int]) -> Round:
         """The same on every rank: requests and limits are, and k is rank 0's."""
@@ -159,18 +186,18 @@ class RoundSteps:
         self._arrived = arrived
         if not self._in_flight:
             return
-        done, is_steady, schedule = self._in_flight.popleft()
+        done, is_steady, schedule, is_schedule_try = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
             return
         round_ms = 1e3 * (arrived - before) if is_steady and before is not None else None
-        if self._choice is not None:
+        if self._choice is not None and done.num_steps == self.max_steps:
             # a round of another k is no measure of either
-            self._choice.observe(schedule, round_ms if done.num_steps == self.max_steps else None)
+            self._choice.observe(schedule, len(num_correct), done.pool_tokens, round_ms)
         if self.controller is None:
             return
-        self.controller.observe(done, num_correct, round_ms)
+        self.controller.observe(done, num_correct, None if is_schedule_try else round_ms)
         if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
             self._saved = arrived
             self._save(self._profile, self.controller)
@@ -188,12 +215,23 @@ class RoundSteps:
         """Of the controller; None where k is fixed or another rank's."""
         return None if self.controller is None else self.controller.status
 
+    @property
+    def schedule_status(self) -> ScheduleStatus | None:
+        """Of the choice between schedules; None where it is fixed or another rank's."""
+        return None if self._choice is None else self._choice.status
+
     def describe(self) -> dict[str, Any]:
         """For /server_info."""
         schedule: dict[str, Any] = {"schedule": self._schedule}
-        if self._choice is not None:
-            now = {"now": self._choice.current, "reason": self._choice.reason}
-            schedule |= {"auto": {**now, "round_ms": {k: round(ms, 3) for k, ms in self._choice.round_ms.items()}}}
+        status = self.schedule_status
+        if status is not None:
+            schedule["auto"] = {
+                "now": status.schedule,
+                "reason": status.reason,
+                "predicted_ratio": _rounded(status.predicted),
+                "measured_ratio": _rounded(status.measured),
+                "round_ms": {name: round(ms, 3) for name, ms in status.round_ms.items()},
+            }
         if self.controller is None:
             return {"adaptive": self._is_adaptive, "num_steps": self.max_steps, **schedule}
         return {"adaptive": True, **profile.describe(self.controller), **schedule}
@@ -203,3 +241,7 @@ def round_of(num_steps: int, pool_tokens: int, limits: Sequence[int]) -> Round:
     """A round of `num_steps` drafts, or as many as the requests allow."""
     num_steps = min(num_steps, max(limits))
     return Round(num_steps, pool_tokens, tuple(min(limit, num_steps) for limit in limits))
+
+
+def _rounded(ratio: float | None) -> float | None:
+    return None if ratio is None else round(ratio, 3)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.speculation.controller import Status
+    from sglang_sparsespec.speculation.schedule_choice import ScheduleStatus
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +121,13 @@ class RoundMetrics:
         self._share = 0.0
         self._window_groups: list[int] = []
         self._status: Callable[[], Status | None] = lambda: None
+        self._schedule: Callable[[], ScheduleStatus | None] = lambda: None
 
-    def watch(self, status: Callable[[], Status | None]) -> None:
-        """Whom to ask for k and why; None where it is fixed."""
-        self._status = status
+    def watch(
+        self, status: Callable[[], Status | None], schedule: Callable[[], ScheduleStatus | None] = lambda: None
+    ) -> None:
+        """Whom to ask for k, for the schedule, and why; None where it is fixed."""
+        self._status, self._schedule = status, schedule
 
     def plan(self, kv_lens: list[int], budgets: list[int]) -> None:
         """Note the share of KV that the drafts of a round read, from lengths that the host knows."""
@@ -152,18 +156,19 @@ class RoundMetrics:
         self._verifies += self._window_verifies
         self._accept_tokens += self._window_accept_tokens
         self._window_verifies = self._window_accept_tokens = 0
-        refresh_ms, status = self.refresh.last_ms, self._status()
         groups = sum(self._window_groups) / max(1, len(self._window_groups))
         self._window_groups.clear()
+        refresh_ms, status, schedule = self.refresh.last_ms, self._status(), self._schedule()
         if self._speaks:
             logger.info(
-                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s%s%s",
+                "SPARSESPEC: accept length %.2f of %d, budget share %.3f%s%s%s%s",
                 accept_length,
                 self._num_steps + 1,
                 self._share,
                 "" if refresh_ms is None else f", selection refresh {refresh_ms:.2f} ms/round",
                 "" if groups <= 1 else f", {groups:.2f} verifies/round",
                 "" if status is None else f", {_decision(status)}",
+                "" if schedule is None else f", {_schedule_decision(schedule)}",
             )
         if self._gauges is not None:
             self._gauges["accept_length"].set(accept_length)
@@ -175,6 +180,10 @@ class RoundMetrics:
                 self._gauges["num_steps"].set(status.num_steps)
                 self._gauges["predicted_speedup"].set(status.predicted_speedup or 0.0)
                 self._gauges["measured_speedup"].set(status.measured_speedup or 0.0)
+            if schedule is not None:
+                self._gauges["unified"].set(int(schedule.schedule == "unified"))
+                self._gauges["predicted_unified_ratio"].set(schedule.predicted or 0.0)
+                self._gauges["measured_unified_ratio"].set(schedule.measured or 0.0)
         self._warn_if_poor()
         if self._on_report is not None:
             self._on_report()
@@ -199,13 +208,21 @@ class RoundMetrics:
 
 
 def _decision(status: Status) -> str:
-    def times(speedup: float | None) -> str:
-        return "unknown" if speedup is None else f"{speedup:.2f}"
-
     return (
-        f"k {status.num_steps} ({status.reason}), over plain decoding {times(status.predicted_speedup)} expected, "
-        f"{times(status.measured_speedup)} measured"
+        f"k {status.num_steps} ({status.reason}), over plain decoding {_times(status.predicted_speedup)} expected, "
+        f"{_times(status.measured_speedup)} measured"
     )
+
+
+def _schedule_decision(status: ScheduleStatus) -> str:
+    return (
+        f"schedule {status.schedule} ({status.reason}), a unified round's time over a lockstep one's "
+        f"{_times(status.predicted)} by the cost model, {_times(status.measured)} measured"
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "unknown" if ratio is None else f"{ratio:.2f}"
 
 
 def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
@@ -223,6 +240,9 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
         "measured_speedup": "The same by the times of the last rounds and plain decoding's expected time; 0: unknown.",
         "verifies_per_round": "Fused verifies in a round, mean of the last log interval; above 1 where requests share "
         "prefixes and their lengths add up to more than the pool. 0: not fused, or every round was unified.",
+        "unified": "1 if rounds are unified, 0 if lockstep; this and the next two with schedule auto only.",
+        "predicted_unified_ratio": "A unified round's time over a lockstep one's, by the cost model; 0: unknown.",
+        "measured_unified_ratio": "The same, corrected by the times of rounds of both; 0: unknown.",
         "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
     }
     return {

@@ -92,6 +92,12 @@ class UnifiedRounds:
         # of the last round: a steady batch has the same again
         self._inputs: tuple[Any, RoundInputs] | None = None
 
+    @property
+    def num_verified(self) -> list[int]:
+        """Drafts that each request of the last round had to verify, in the order of the batch."""
+        assert self._inputs is not None, "no round has run"
+        return self._inputs[1].num_verified
+
     def takes(self, batch: ScheduleBatch, plan: RoundPlan, num_columns: int) -> bool:
         """Whether a round can run by this schedule.
 

@@ -47,6 +47,7 @@ from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
 from sglang_sparsespec.sparsity.anchors_file import read_anchors
+from sglang_sparsespec.speculation.cost_model import ROOFLINES, ServerCost, roofline_of
 from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
 if TYPE_CHECKING:
@@ -166,8 +167,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self._kept: KeptDrafts | None = None
         self._round_ct = 0
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
-        self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks)
-        self._metrics.watch(lambda: self._steps.status)
+        self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks, cost=self._cost())
+        self._metrics.watch(lambda: self._steps.status, lambda: self._steps.schedule_status)
 
     # The round
 
@@ -198,9 +199,10 @@ class SparseSpecWorker(BaseSpecWorker):
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
         is_unified = self._runs_unified(batch, plan)
-        self._steps.runs("unified" if is_unified else "lockstep")
         run = self._run_unified if is_unified else self._run_lockstep
         acceptance, logits_output = run(batch, plan)
+        verified = self._unified.num_verified if is_unified and self._unified is not None else None
+        self._steps.runs("unified" if is_unified else "lockstep", verified)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
@@ -824,6 +826,17 @@ class SparseSpecWorker(BaseSpecWorker):
         if self._assist is not None:
             described["ngram_assist"] = self._assist.describe()
         return described
+
+    def _cost(self) -> ServerCost:
+        """What rounds should take on this machine; on one that nobody measured, as on an H100: proportions count."""
+        device = torch.device(self.device, self._gpu_id)
+        card = roofline_of(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+        return ServerCost.of(
+            model_shape(self._model_runner.model_config, self._host_ranks.size),
+            card or ROOFLINES["H100"],
+            budget_ratio=self.config.budget_ratio,
+            min_budget=self.config.min_budget,
+        )
 
     def _identity(self) -> dict[str, str]:
         """What a profile of round times holds for."""

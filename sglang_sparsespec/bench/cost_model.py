@@ -14,35 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sglang_sparsespec.speculation.cost_model import ROOFLINES, Roofline, roofline_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sglang_sparsespec.bench.shapes import ModelShape
 
+__all__ = ["ROOFLINES", "Roofline", "roofline_of"]
+
 DEVIATION_LIMIT = 0.2
 """A term that is off by more than this share of the model is flagged."""
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What a device reaches, not what its data sheet says: `bandwidth` in bytes/s, `flops` of dense products per s."""
-
-    bandwidth: float
-    flops: float
-
-    def times(self, ranks: int) -> Roofline:
-        """Of so many cards that share the work; what they say to each other is not counted."""
-        return Roofline(ranks * self.bandwidth, ranks * self.flops)
-
-
-# H100: dense decode attention and weights, 3.0 to 3.1 TB/s measured (docs/benchmarks.md); products at
-# 70 % of the peak of 989 TFLOP/s in bf16. H200: the same shares of its own data sheet; not measured.
-ROOFLINES = {"H100": Roofline(3.0e12, 6.9e14), "H200": Roofline(4.3e12, 6.9e14)}
-
-
-def roofline_of(machine: str) -> Roofline | None:
-    """For a card's name; None for a card or a CPU that nobody measured."""
-    return next((roofline for name, roofline in ROOFLINES.items() if name in machine), None)
 
 
 @dataclass(frozen=True)

@@ -188,14 +188,20 @@ def _traces(records: Sequence[Record]) -> list[str]:
     if not found:
         return []
     lines = ["## Rounds under the profiler", "", "GPU activity only; all kernels are in the records.", ""]
-    lines += ["| target | contender | scene | rounds | ms | GPU idle | waits of the host | what took most, ms |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| target | contender | scene | rounds | ms | GPU idle | host, ms an iteration | "
+        "waits of the host | what took most, ms |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     for record in found:
+        # records of versions that did not know
+        host = (record.get("host") or {}).get("iteration_ms")
         waits = ", ".join(f"{name} {calls} x" for name, (calls, _) in record["waits_ms"].items()) or "none"
         most = ", ".join(f"{name} {spent:.1f}" for name, _, spent in record["kernels"][:4])
         lines.append(
             f"| {record['target']} | {record['contender']} | {scene_title(record['scene'])} | {NUM_ROUNDS} | "
-            f"{record['span_ms']:.1f} | {100 * record['idle_share']:.2f}% | {waits} | {most} |"
+            f"{record['span_ms']:.1f} | {100 * record['idle_share']:.2f}% | "
+            f"{'-' if host is None else f'{host:.2f}'} | {waits} | {most} |"
         )
     return [*lines, ""]
 

@@ -125,6 +125,36 @@ def gpu_table(machine: Machine, request: Request) -> Plan:
     return _fitting(machine, jobs, skips)
 
 
+SCHEDULE_BATCHES = (16, 64, 128, 256)
+SCHEDULE_TOKENS = 1024
+"""Of an answer: about 140 rounds, of which `auto` may spend 16 on its first look at both."""
+
+
+def schedules(machine: Machine, request: Request) -> Plan:
+    """Plain, lockstep, unified and auto at batches 16 to 256: tokens per second, time between tokens."""
+    if not machine.has_gpu:
+        return _needs_gpu("schedules")
+    length = request.accept_lengths["sparsespec"]
+    ours = who.sparsespec(machine, ("pillar",), length, request.spec_args, SCHEDULES)
+    members = (who.plain(machine)[0][0], *ours, *(who.named(machine, text, length) for text in request.named))
+    jobs, skips = [], []
+    if request.model is None:
+        skips.append(Skip("real model", request.no_model))
+    else:
+        scenes = tuple(Scene(batch, 2048, SCHEDULE_TOKENS) for batch in SCHEDULE_BATCHES)
+        jobs.append(_job(request, request.model, members, scenes))
+    for target in request.shapes:
+        if target.name == "qwen3-14b":
+            continue
+        scenes = tuple(
+            scene
+            for batch in SCHEDULE_BATCHES
+            for scene in fills(target.name, machine, batch, SCHEDULE_TOKENS, longest=8192, parts=(1,))
+        )
+        jobs.append(_job(request, target, members, scenes))
+    return _fitting(machine, jobs, skips)
+
+
 def full(machine: Machine, request: Request) -> Plan:
     """The cross of everything; hours."""
     if not machine.has_gpu:
@@ -181,6 +211,7 @@ SETS: dict[str, Callable[[Machine, Request], Plan]] = {
     "core": core,
     "full": full,
     "gpu-table": gpu_table,
+    "schedules": schedules,
     "paper": lambda machine, request: workload("paper", machine, request),
     "vegas": lambda machine, request: workload("vegas", machine, request),
 }

@@ -5,6 +5,9 @@
     curl -d '{"output_dir": "traces", "num_steps": 4, "activities": ["GPU"]}' .../start_profile
     python -m sglang_sparsespec.bench.trace traces/*.trace.json.gz
 
+Host time is that of the thread that launches, from one wait for results to the next: what an iteration of the scheduler
+takes of the host, Python included; per forward it is that over the graphs it launched.
+
 A gap is time in which no kernel and no copy ran. A wait of the host costs the GPU nothing unless a gap follows it. With
 activity "CPU" the profiler slows the host, and gaps appear that are not there without it.
 """
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.server import Server
 
 GPU_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
+HOST_CALLS = ("cuda_runtime", "cuda_driver")
 WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "aten::item")
 LONG_GAP_US = 20.0
 NUM_ROUNDS = 8
@@ -150,11 +154,60 @@ def waits(events: list[dict[str, Any]]) -> dict[str, tuple[int, float]]:
     return dict(found)
 
 
+class HostTime(NamedTuple):
+    """What the launching thread did between waits for the device; milliseconds."""
+
+    iterations: int
+    """From one wait behind launches to the next one."""
+    mean_ms: float
+    """Of an iteration, its waits left out."""
+    max_ms: float
+    forwards: int
+    """Graphs that it launched in them; a forward without graphs is not counted."""
+
+    @property
+    def per_forward_ms(self) -> float | None:
+        return self.iterations * self.mean_ms / self.forwards if self.forwards else None
+
+
+def host_time(events: list[dict[str, Any]]) -> HostTime | None:
+    """None for a trace without two waits of a thread that launches."""
+    threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        is_call = event.get("cat") in HOST_CALLS or event.get("name") in WAITS
+        if event.get("ph") == "X" and is_call:
+            threads[(event.get("pid"), event.get("tid"))].append(event)
+    calls = max(threads.values(), key=lambda calls: sum("Launch" in call["name"] for call in calls), default=[])
+    stretches: list[tuple[float, int]] = []
+    free_from: float | None = None
+    busy, launches, graphs = 0.0, 0, 0
+    for call in sorted(calls, key=lambda call: call["ts"]):
+        if call["name"] not in WAITS:
+            launches += "Launch" in call["name"]
+            graphs += "GraphLaunch" in call["name"]
+            continue
+        if free_from is None:
+            # what came before the first wait began before the trace did
+            busy, launches, graphs = 0.0, 0, 0
+        else:
+            # a wait may lie inside another one
+            busy += max(0.0, call["ts"] - free_from)
+        if launches:
+            stretches.append((busy, graphs))
+            busy, launches, graphs = 0.0, 0, 0
+        free_from = max(free_from or 0.0, call["ts"] + call["dur"])
+    if not stretches:
+        return None
+    times = [time / 1e3 for time, _ in stretches]
+    return HostTime(len(times), sum(times) / len(times), max(times), sum(count for _, count in stretches))
+
+
 def summarise(path: Path, top: int = 40) -> dict[str, Any]:
-    """A trace in numbers: `span_ms`, `idle_ms` and `idle_share` of the GPU, its longest gaps, waits of the host, and
-    the kernels that took most, as (name, calls, milliseconds)."""
+    """A trace in numbers: `span_ms`, `idle_ms` and `idle_share` of the GPU, its longest gaps, waits of the host, its
+    own time by iteration and forward (`host`, None where unknown), and the kernels that took most, as (name, calls,
+    milliseconds)."""
     events = read_events(path)
-    work = gpu_work(events)
+    work, host = gpu_work(events), host_time(events)
     span = max(item.end for item in work) - work[0].start
     idle = sorted(gaps(work), reverse=True)
     idle_us = sum(gap for gap, _, _ in idle)
@@ -169,6 +222,14 @@ def summarise(path: Path, top: int = 40) -> dict[str, Any]:
             (round(gap, 1), *between) for gap, *between in sorted(idle, reverse=True)[:15] if gap >= LONG_GAP_US
         ],
         "waits_ms": {name: (calls, round(spent / 1e3, 3)) for name, (calls, spent) in waits(events).items()},
+        "host": None
+        if host is None
+        else {
+            "iterations": host.iterations,
+            "iteration_ms": round(host.mean_ms, 3),
+            "longest_iteration_ms": round(host.max_ms, 3),
+            "forward_ms": None if host.per_forward_ms is None else round(host.per_forward_ms, 3),
+        },
         "kernels": [
             (name, len(spent), round(sum(spent) / 1e3, 3))
             for name, spent in sorted(times.items(), key=lambda pair: -sum(pair[1]))[:top]
@@ -194,6 +255,15 @@ def main() -> None:
     print("waits of the host:")
     for name, (calls, spent) in found["waits_ms"].items():
         print(f"  {calls:6d} {spent:9.2f} ms  {name}")
+    if found["host"] is None:
+        print("host time: unknown, no two waits of a thread that launches")
+    else:
+        host = found["host"]
+        per_forward = "no graphs" if host["forward_ms"] is None else f"{host['forward_ms']:.3f} ms a forward"
+        print(
+            f"host time: {host['iteration_ms']:.3f} ms an iteration (longest {host['longest_iteration_ms']:.3f}, "
+            f"{host['iterations']} of them), {per_forward}"
+        )
     print("| ms | % of span | calls | mean us | kernel |\n|---|---|---|---|---|")
     for name, calls, spent in found["kernels"]:
         print(f"| {spent:.3f} | {100 * spent / span:.1f} | {calls} | {1e3 * spent / calls:.1f} | {name} |")

@@ -1,4 +1,4 @@
-"""What a lockstep round costs, from a few measured times; which k is worth it.
+"""What a round costs by either schedule, from a few measured times; which k is worth it.
 
 A plain decode step costs W + A: reading the weights, and the KV cache of all running requests. Knows nothing of how
 acceptance came about. Reference: SparseSpec (arXiv:2512.01278), section 3. The formula stands once, in
@@ -8,10 +8,14 @@ acceptance came about. Reference: SparseSpec (arXiv:2512.01278), section 3. The 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from sglang_sparsespec.speculation.phases import load_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from sglang_sparsespec.speculation.memory import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +127,98 @@ class RoundCost:
         ]
         best, num_steps = max(speedups, default=(0.0, -1))
         return -num_steps, best
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What a device reaches, not what its data sheet says: `bandwidth` in bytes/s, `flops` of dense products per s."""
+
+    bandwidth: float
+    flops: float
+
+    def times(self, ranks: int) -> Roofline:
+        """Of so many cards that share the work; what they say to each other is not counted."""
+        return Roofline(ranks * self.bandwidth, ranks * self.flops)
+
+
+# H100: dense decode attention and weights, 3.0 to 3.1 TB/s measured (docs/benchmarks.md); products at
+# 70 % of the peak of 989 TFLOP/s in bf16. H200: the same shares of its own data sheet; not measured.
+ROOFLINES = {"H100": Roofline(3.0e12, 6.9e14), "H200": Roofline(4.3e12, 6.9e14)}
+
+
+def roofline_of(machine: str) -> Roofline | None:
+    """For a card's name; None for a card or a CPU that nobody measured."""
+    return next((roofline for name, roofline in ROOFLINES.items() if name in machine), None)
+
+
+class RoundTerms(NamedTuple):
+    """A round's time by what it is spent on, milliseconds."""
+
+    products: float
+    """Of all forwards, with the gap of each."""
+    kv: float
+    """Attention, capture and selection."""
+    between: float
+    """What stands between two forwards where somebody has verified: acceptance, layout of lists."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerCost:
+    """One model on one machine, for any batch; what a schedule's round takes before anything was measured."""
+
+    weights_ms: float
+    """Reading all weights of a forward once."""
+    row_ms: float
+    """Multiplying one row with them."""
+    kv_ms: float
+    """Reading the KV of one pool token, all layers."""
+    budget_ratio: float
+    min_budget: int
+    between_ms: float = 0.75
+    """After each forward in which somebody verifies: what a unified round took beyond its terms, over its forwards, on
+    an H100 with the Qwen3-1.7B shape (docs/results.md, 2026-11-23)."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, roofline: Roofline, *, budget_ratio: float, min_budget: int) -> ServerCost:
+        """From shapes alone. A mixture of experts counts as if every forward read all experts, as large batches do.
+
+        Args:
+            shape: the model as one rank sees it.
+            roofline: of that rank's card.
+            budget_ratio, min_budget: of drafts.
+        """
+        attention = shape.hidden_size * shape.head_dim * 2 * (shape.num_q_heads + shape.num_kv_heads)
+        expert = 3 * shape.hidden_size * (shape.expert_size or shape.intermediate_size)
+        head = shape.vocab_size * shape.hidden_size // shape.num_ranks
+        read = shape.num_layers * (attention + max(1, shape.experts) * expert) + head
+        active = shape.num_layers * (attention + max(1, shape.experts_per_token) * expert) + head
+        kv_values = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        return cls(
+            weights_ms=1e3 * read * shape.dtype_bytes / roofline.bandwidth,
+            row_ms=1e3 * 2 * active / roofline.flops,
+            kv_ms=1e3 * kv_values * shape.dtype_bytes / roofline.bandwidth,
+            budget_ratio=budget_ratio,
+            min_budget=min_budget,
+        )
+
+    def terms(self, schedule: str, num_reqs: int, pool_tokens: int, num_steps: int) -> RoundTerms:
+        """Of a round of `num_steps` drafts by `schedule`, lockstep or unified, of requests with so much KV in all."""
+        context = max(1, pool_tokens // num_reqs)
+        share = min(1.0, max(self.min_budget, self.budget_ratio * context) / context)
+        is_unified = schedule == "unified"
+        rows = load_of(num_reqs, num_steps).num_tokens if is_unified else num_reqs
+        cost = RoundCost(
+            weights_ms=verify_ms(rows, self.weights_ms, self.row_ms),
+            attention_ms=self.kv_ms * pool_tokens,
+            verify_ms=verify_ms(num_reqs * (num_steps + 1), self.weights_ms, self.row_ms),
+        )
+        total = (
+            cost.unified_round_ms(num_steps + 1, share, num_steps) if is_unified else cost.round_ms(num_steps, share)
+        )
+        gathered = cost.gathered(share)
+        kv = gathered.kv_ms + num_steps * gathered.step_kv_ms
+        return RoundTerms(total - kv, kv, self.between_ms * (num_steps + 1 if is_unified else 1))

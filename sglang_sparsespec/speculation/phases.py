@@ -82,7 +82,7 @@ def held_after(phases: Sequence[int], num_steps: int) -> list[int]:
 
 
 def turns(held: Sequence[int], phases: Sequence[int], num_steps: int) -> list[Turn]:
-    """The k + 1 forwards of a round.
+    """The k + 1 forwards of a round, by lists: the definition. `adapter.unified_state` lays out the same with arrays.
 
     Args:
         held: [num_reqs], drafts that each request has from the last round, 0 to k.

@@ -11,6 +11,7 @@ from sglang_sparsespec.adapter.host_ranks import HostRanks
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
 from tests.support.rank_threads import Meeting
+from tests.support.schedule_simulator import COSTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -211,12 +212,17 @@ def test_every_rank_says_that_k_is_chosen() -> None:
         assert shown == {"adaptive": is_adaptive, "num_steps": 8, "schedule": "lockstep"}
 
 
-def test_the_schedule_is_chosen_by_the_times_of_rounds_as_they_ran() -> None:
-    """Times of lockstep rounds that count as unified ones because that was wanted, and of rounds of another k."""
+def auto_steps(clock: Clock, **options: Any) -> Any:
     from sglang_sparsespec.adapter.adaptive import RoundSteps
 
+    config = SparseSpecConfig(schedule="auto", num_steps=4, **options)
+    return RoundSteps(config, clock=clock, cost=COSTS["1.7b"])
+
+
+def test_the_schedule_is_chosen_by_the_times_of_rounds_as_they_ran() -> None:
+    """Times of lockstep rounds that count as unified ones because that was wanted, and of rounds of another k."""
     clock = Clock()
-    steps = RoundSteps(SparseSpecConfig(schedule="auto", num_steps=4), clock=clock)
+    steps = auto_steps(clock)
     ms = {"lockstep": 20, "unified": 15}
     ran = []
     for _ in range(200):
@@ -225,23 +231,49 @@ def test_the_schedule_is_chosen_by_the_times_of_rounds_as_they_ran() -> None:
         ran.append(plan.schedule)
         clock.now += 1e-3 * ms[plan.schedule]
         steps.verified([4, 4])
+    # by the model unified is slower, and it is looked at all the same
+    assert ran[0] == "lockstep"
     assert set(ran[-20:]) == {"unified"}
     shown = steps.describe()
     assert (shown["schedule"], shown["auto"]["now"]) == ("auto", "unified")
     assert shown["auto"]["round_ms"] == {"lockstep": 20.0, "unified": 15.0}
+    assert shown["auto"]["measured_ratio"] == pytest.approx(0.75, abs=0.01)
+    assert shown["auto"]["predicted_ratio"] > 1
     # rounds that unified does not take, and a k that is not the server's
     for limits, runs_as in (([None, None], "lockstep"), ([2, 2], None)):
-        steps = RoundSteps(SparseSpecConfig(schedule="auto", num_steps=4), clock=clock)
+        steps = auto_steps(clock)
+        wanted = []
         for _ in range(200):
             plan = steps.next_round(requests(*limits), 1000)
+            wanted.append(plan.schedule)
             steps.runs(runs_as or plan.schedule)
             clock.now += 1e-3 * ms[plan.schedule]
             steps.verified([2, 2])
-        assert steps.describe()["auto"] == {
-            "now": "lockstep",
-            "reason": "too few rounds could be timed",
-            "round_ms": {},
-        }
+        assert steps.describe()["auto"]["now"] == "lockstep"
+        assert "unified" not in steps.describe()["auto"]["round_ms"]
+        assert ("unified" in wanted) == (limits == [None, None])
+
+
+def test_tries_of_a_schedule_do_not_move_k(observed: list[Any]) -> None:
+    """k of rounds by the slower schedule taken for k itself; drafts that were never made taken for rejected ones."""
+    clock = Clock()
+    steps = auto_steps(clock, adaptive=True)
+    ms, told = {"lockstep": 20, "unified": 50}, []
+    for number in range(100):
+        plan = steps.next_round(requests(None, None), 1000)
+        # a request's first unified round has fewer drafts than were wanted
+        verified = [4, 1] if plan.schedule == "unified" else None
+        steps.runs(plan.schedule, verified)
+        told.append((plan.schedule, verified))
+        clock.now += 1e-3 * ms[plan.schedule]
+        steps.verified([1, 1])
+        done, _, round_ms = observed[number]
+        assert done.allowed == ((4, 1) if verified else (4, 4))
+        assert round_ms is None or round(round_ms) == 20
+    assert any(schedule == "unified" for schedule, _ in told)
+    assert sum(round_ms is not None for _, _, round_ms in observed) > 80
+    shown = steps.describe()["auto"]["round_ms"]
+    assert shown["unified"] == pytest.approx(50)
 
 
 def test_ranks_run_rank_0s_schedule() -> None:
@@ -253,15 +285,17 @@ def test_ranks_run_rank_0s_schedule() -> None:
     class Told(HostRanks):
         def _broadcast(self, value: int) -> int:
             told.append(value)
-            return 0
+            return 1
 
     steps = RoundSteps(SparseSpecConfig(schedule="auto"), ranks=Told(None, rank=1, size=2))
-    # its own first trial would begin now
-    assert steps.next_round(requests(None), 100).schedule == "lockstep"
-    assert told == [1]
+    assert steps.next_round(requests(None), 100).schedule == "unified"
+    assert told == [0]
+    # with another k there is nothing to choose, and every rank knows that
+    assert steps.next_round(requests(2), 100).schedule == "lockstep"
+    assert told == [0]
     fixed = RoundSteps(SparseSpecConfig(schedule="unified"), ranks=Told(None, rank=1, size=2))
     assert fixed.next_round(requests(None), 100).schedule == "unified"
-    assert told == [1]
+    assert told == [0]
 
 
 @pytest.mark.parametrize("tp_size", [2, 4, 8])
@@ -329,6 +363,7 @@ def test_the_log_line_and_gauges_say_k_and_why(
     """An operator who cannot see why drafting is off turns it off for good."""
     from sglang_sparsespec.adapter.metrics import RoundMetrics
     from sglang_sparsespec.speculation.controller import Status
+    from sglang_sparsespec.speculation.schedule_choice import ScheduleStatus
 
     metrics = RoundMetrics(server_args(decode_log_interval=1), 8, is_reporting_rank=True, is_fused=True)
     gauges: dict[str, list[float]] = {}
@@ -346,6 +381,16 @@ def test_the_log_line_and_gauges_say_k_and_why(
     with caplog.at_level("INFO"):
         metrics.verified([1])
     assert "over plain decoding" not in caplog.text
+    assert "schedule" not in caplog.text
+    assert "unified" not in gauges
+    decided = ScheduleStatus("unified", "the faster by measured times", 1.1, 0.9, {"lockstep": 2.0, "unified": 1.8})
+    metrics.watch(lambda: None, lambda: decided)
+    with caplog.at_level("INFO"):
+        metrics.verified([1])
+    assert "schedule unified (the faster by measured times), a unified round's time over a lockstep" in caplog.text
+    assert "1.10 by the cost model, 0.90 measured" in caplog.text
+    assert gauges["unified"] == [1]
+    assert (gauges["predicted_unified_ratio"], gauges["measured_unified_ratio"]) == ([1.1], [0.9])
 
 
 class _Recorder:

@@ -6,6 +6,7 @@ comes out is known, and so is every token, position and slot that goes in.
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 
 from sglang_sparsespec.adapter.ranks import Ranks
 from sglang_sparsespec.selection.store import DraftKV
-from sglang_sparsespec.speculation.phases import load_of
+from sglang_sparsespec.speculation.phases import assign, load_of, turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class Engine:
         wrong_every: int = 0,
         device: str = "cpu",
         is_watched: bool = True,
+        group: Any = None,
     ) -> None:
         from sglang_sparsespec.adapter.sampling import KeptDrafts
         from sglang_sparsespec.adapter.unified import MixedForward, UnifiedRounds
@@ -77,7 +79,7 @@ class Engine:
             num_steps=K,
             sampler=sampler,
             kept=KeptDrafts(MAX_REQS + 1, K),
-            ranks=Ranks(SimpleNamespace(world_size=1)),
+            ranks=Ranks(group or SimpleNamespace(world_size=1)),
             list_slots=self._list_slots,
         )
         self.committed: dict[str, int] = {}
@@ -261,6 +263,47 @@ def test_drafts_that_are_wrong_cost_nothing_else(engine: Callable[..., Engine]) 
     assert {1, 2, 3, 4} <= set(lens)
 
 
+class TwoRanks:
+    """SGLang's group as rank 0, whose broadcasts are kept, and then as rank 1, which hears them one by one."""
+
+    world_size = 2
+
+    def __init__(self) -> None:
+        self.said: list[torch.Tensor] = []
+        self.overruled: list[tuple[int, bool]] = []
+        """Of each broadcast, dimensions of the tensor, and whether rank 1 had another one."""
+        self.rank = 0
+
+    def broadcast(self, tokens: torch.Tensor, src: int = 0) -> torch.Tensor:
+        assert src == 0
+        if self.rank == 0:
+            self.said.append(tokens.clone())
+            return tokens
+        heard = self.said.pop(0)
+        assert heard.shape == tokens.shape
+        self.overruled.append((tokens.dim(), not torch.equal(heard, tokens)))
+        return tokens.copy_(heard)
+
+
+def test_ranks_verify_rank_0s_chains(engine: Callable[..., Engine]) -> None:
+    """Two ranks that drafted otherwise and each verified its own: chains, [num, K + 1], agree before every forward."""
+    group, committed = TwoRanks(), []
+    for rank, wrong_every in enumerate((4, 3)):
+        group.rank = rank
+        host = engine(wrong_every=wrong_every, group=group)
+        for i in range(9):
+            host.add(f"r{i}", i + 1, 10 + i)
+        committed.append([host.round() for _ in range(6)])
+    assert committed[0] == committed[1]
+    assert group.said == []
+    chains = [differs for dims, differs in group.overruled if dims == 2]
+    assert sum(chains) > 10
+    # greedy, over the same chains: there was nothing left to disagree about
+    acceptances = [differs for dims, differs in group.overruled if dims == 1]
+    assert len(acceptances) == 6 * (K + 1)
+    assert not any(acceptances)
+
+
 def test_coming_going_and_rows_that_change_hands(engine: Callable[..., Engine]) -> None:
     """Drafts of a request that is gone, verified for the one that has its row now."""
     host = engine(wrong_every=5, batch_sizes=(4, 8))
@@ -393,3 +436,34 @@ def test_nothing_waits_for_the_device(engine: Callable[..., Engine], is_sampled:
             host.rounds.run(batch, plan)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("num_reqs", [1, 3, 9, 11, 128])
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_inputs_are_those_of_the_forwards_by_lists(num_reqs: int, k: int) -> None:
+    """The arrays of a round are another way to write down `phases.turns`, padding aside."""
+    from sglang_sparsespec.adapter.unified_state import RoundInputs
+
+    rng, width = random.Random(num_reqs), k + 1
+    rows = torch.arange(100, 100 + num_reqs)
+    for batch_size in (num_reqs, num_reqs + 5):
+        held = [rng.randint(0, k) for _ in range(num_reqs)]
+        phases = assign(held, k)
+        inputs = RoundInputs(held, phases, k, batch_size, torch.device("cpu"))
+        load, packed = load_of(batch_size, k), inputs.packed(rows)
+        for number, turn in enumerate(turns(held, phases, k)):
+            reqs, offsets = inputs.drafting(number)
+            assert (reqs.tolist(), offsets.tolist()) == (turn.draft_reqs, turn.draft_offsets)
+            reqs, num_drafts = inputs.verifying(number)
+            assert (reqs.tolist(), num_drafts.tolist()) == (turn.verify_reqs, turn.num_drafts)
+            of_rows, of_numbers = packed[number].chunk(2)
+            chains = slice(load.draft_reqs, load.draft_reqs + len(turn.verify_reqs) * width)
+            assert of_rows[chains].tolist() == [100 + req for req in turn.verify_reqs for _ in range(width)]
+            assert of_numbers[chains].tolist() == list(range(width)) * len(turn.verify_reqs)
+            # what is left is padding
+            used = 2 * (len(turn.draft_reqs) + len(turn.verify_reqs) * (width + 1))
+            assert int((of_rows > 0).sum()) == used // 2
+            assert (of_numbers[of_rows == 0] == 0).all()
+        assert [inputs.num_verified[req] for turn in turns(held, phases, k) for req in turn.verify_reqs] == [
+            count for turn in turns(held, phases, k) for count in turn.num_drafts
+        ]

@@ -73,3 +73,33 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
     assert any(sum(histogram[1:]) for histogram in used)
     if profile.exists():  # written every minute
         assert json.loads(profile.read_text())["identity"]["num_steps"] == "6"
+
+
+def test_auto_runs_both_schedules_and_shows_what_they_took(tiny_model: Path, parity_record: ParityRecord) -> None:
+    """A schedule that is never tried, or times that are never noted: `auto` would be another name for the first one."""
+    args = [
+        "--speculative-algorithm",
+        "SPARSESPEC",
+        "--speculative-num-steps",
+        "3",
+        "--skip-server-warmup",
+        *AUTO.split(),
+    ]
+    with Server(tiny_model, *args, *MORE.split(), env=TINY_ENV) as server:
+        exchanges = parity_record.base
+        assert_greedy_parity(exchanges, concurrently(server, [e.payload for e in exchanges], stagger_s=0.05))
+        # rounds without a prefill between them
+        concurrently(server, [greedy(workload.random_ids(60 + i, seed=700 + i), 160) for i in range(4)])
+        server.idle_check()
+        shown = server.get("/server_info")["internal_states"][0]["sparsespec"]
+        assert (shown["adaptive"], shown["schedule"]) == (False, "auto")
+        auto = shown["auto"]
+        assert set(auto["round_ms"]) == {"lockstep", "unified"}, auto
+        assert all(ms > 0 for ms in auto["round_ms"].values())
+        assert auto["now"] in ("lockstep", "unified")
+        assert auto["reason"] in ("the faster by measured times", "the other is not faster by enough, or not for long")
+        assert auto["predicted_ratio"] > 0
+        assert auto["measured_ratio"] > 0
+        text = requests.get(server.url + "/metrics", timeout=60).text
+        assert "sglang:sparsespec_measured_unified_ratio{" in text
+        assert "a unified round's time over a lockstep one's" in server.log_text()

@@ -31,9 +31,9 @@ import psutil
 import sglang as sgl
 
 def main():
-    model, requests = json.load(sys.stdin)
+    model, requests, more = json.load(sys.stdin)
     options = dict(model_path=model, device="cpu", dtype="float32", max_total_tokens=20000, max_running_requests=16,
-                   speculative_algorithm="SPARSESPEC", speculative_num_steps=5)
+                   speculative_algorithm="SPARSESPEC", speculative_num_steps=5, **more)
     errors = []
     for wrong in ({"sparsespec_budget_ratio": 1.5}, {"sparsespec_no_such_option": 1}):
         try:
@@ -64,8 +64,19 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param({}, id="lockstep"),
+        pytest.param(
+            {"sparsespec_schedule": "unified", "sparsespec_verify_attention": "fused"},
+            id="unified",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
 def test_engine_generates_like_the_reference_and_leaves_nothing(
-    tiny_model: Path, parity_record: ParityRecord, tmp_path: Path
+    tiny_model: Path, parity_record: ParityRecord, tmp_path: Path, more: dict[str, str]
 ) -> None:
     """Options that only the command line has, plugin code that a spawned process lacks, or a shutdown that hangs."""
     program = tmp_path / "program.py"
@@ -73,7 +84,7 @@ def test_engine_generates_like_the_reference_and_leaves_nothing(
     exchanges = parity_record.base[-NUM_PROMPTS:]
     done = subprocess.run(
         [sys.executable, str(program)],
-        input=json.dumps([str(tiny_model), [exchange.payload for exchange in exchanges]]),
+        input=json.dumps([str(tiny_model), [exchange.payload for exchange in exchanges], more]),
         env=server_env(TINY_ENV),
         capture_output=True,
         text=True,
@@ -91,6 +102,7 @@ def test_engine_generates_like_the_reference_and_leaves_nothing(
     assert result["streamed"]["meta_info"]["completion_tokens"] == 12
     assert result["config"]["min_budget"] == 32
     assert result["config"]["num_steps"] == 5
+    assert result["config"]["schedule"] == more.get("sparsespec_schedule", "lockstep")
 
     [ratio, unknown] = result["errors"]
     assert ratio[0] == "ConfigError"

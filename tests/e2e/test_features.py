@@ -1,4 +1,7 @@
-"""Every feature that a client may use, on one SPARSESPEC server, against what the server without it answered."""
+"""Every feature that a client may use, on one SPARSESPEC server, against what the server without it answered.
+
+In both schedules: what ends, stops or changes a round from outside always, the others with --long.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ import torch
 from tests.e2e.conftest import TINY_ENV
 from tests.support import feature_requests, workload
 from tests.support.feature_requests import SCHEMA, FeatureRecord
+from tests.support.schedules import SCHEDULES, skip_if_long
 from tests.support.server import Server, has_gpu
 from tests.support.teacher import Teacher
 from tests.support.workload import assert_equal_logprobs, assert_greedy_parity, concurrently, greedy
@@ -64,8 +68,25 @@ OPENAI = (
 )
 
 
+IN_BOTH_SCHEDULES = {
+    "test_batch_of_everything",
+    "test_abort_in_the_middle_of_rounds",
+    "test_abort_all_and_abort_of_waiting_requests",
+    "test_client_that_disconnects_is_forgotten",
+    "test_pause_and_continue",
+    "test_pause_with_abort_ends_everything",
+    "test_flush_cache_frees_every_slot",
+    "test_update_weights_from_disk",
+}
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def schedule(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, feature_record: FeatureRecord) -> Iterator[Server]:
+def server(schedule: str, tiny_model: Path, feature_record: FeatureRecord) -> Iterator[Server]:
     # feature_record first: the reference server is gone before this one starts
     with Server(
         tiny_model,
@@ -77,13 +98,19 @@ def server(tiny_model: Path, feature_record: FeatureRecord) -> Iterator[Server]:
         "--sparsespec-recent-window=4",
         "--skip-server-warmup",
         "--constrained-json-disable-any-whitespace",
+        *SCHEDULES[schedule],
         env=TINY_ENV,
     ) as server:
         yield server
 
 
 @pytest.fixture(autouse=True)
-def _nothing_leaks(server: Server) -> Iterator[None]:
+def _short(request: pytest.FixtureRequest, schedule: str) -> None:
+    skip_if_long(request, schedule, IN_BOTH_SCHEDULES)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(_short: None, server: Server) -> Iterator[None]:
     yield
     server.idle_check()
 

@@ -24,6 +24,7 @@ from sglang_sparsespec.acceptance.model import PagedModel
 from sglang_sparsespec.acceptance.rounds import prefill
 from sglang_sparsespec.acceptance.settings import Setting
 from sglang_sparsespec.config import SparseSpecConfig
+from tests.support.schedules import SCHEDULES
 from tests.support.server import Server
 from tests.support.workload import Exchange, assert_greedy_parity, concurrently, exchange, greedy
 
@@ -58,12 +59,19 @@ def record(smollm2_path: Path) -> list[Exchange]:
         return exchange(server, payloads)
 
 
-@pytest.fixture(scope="module")
-def server(smollm2_path: Path, record: list[Exchange]) -> Iterator[Server]:
+@pytest.fixture(
+    scope="module", params=["lockstep", pytest.param("unified", marks=pytest.mark.long)], ids=["lockstep", "unified"]
+)
+def server(request: pytest.FixtureRequest, smollm2_path: Path, record: list[Exchange]) -> Iterator[Server]:
     # record first: the reference server is gone before this one starts
     options = (f"--sparsespec-min-budget={MIN_BUDGET}", f"--sparsespec-recent-window={RECENT_WINDOW}")
     with Server(
-        smollm2_path, "--speculative-algorithm=SPARSESPEC", "--skip-server-warmup", *options, env=ENV
+        smollm2_path,
+        "--speculative-algorithm=SPARSESPEC",
+        "--skip-server-warmup",
+        *options,
+        *SCHEDULES[request.param],
+        env=ENV,
     ) as server:
         yield server
 
@@ -100,6 +108,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("server", ["lockstep"], indirect=True)
 def test_explorer_finds_the_servers_accept_length(
     smollm2_path: Path, record: list[Exchange], alone: list[dict[str, Any]]
 ) -> None:

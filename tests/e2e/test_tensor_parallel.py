@@ -31,9 +31,11 @@ SERVERS = {
     "backend-page16-layer": "--speculative-num-steps 3 --page-size 16 --chunked-prefill-size 64",
     "fused-page1-head": "--speculative-num-steps 8 --sparsespec-verify-attention fused --sparsespec-sharing head "
     "--cuda-graph-bs-decode 3 7 11",
+    "unified-page1-layer": "--speculative-num-steps 4 --sparsespec-verify-attention fused "
+    "--sparsespec-schedule unified --cuda-graph-bs-decode 3 7 11",
 }
 # a head for each rank; one head, of which each rank has a copy and half of the queries
-KV_HEADS = {"backend-page16-layer": 2, "fused-page1-head": 1}
+KV_HEADS = {"backend-page16-layer": 2, "fused-page1-head": 1, "unified-page1-layer": 2}
 START_S = 900
 
 

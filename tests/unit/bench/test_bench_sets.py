@@ -59,7 +59,38 @@ def test_gpu_table_holds_the_numbers_that_are_asked_for(h100: Machine, request_:
     assert "not in this set" in reasons(plan)["plain/triton"]
 
 
-@pytest.mark.parametrize("name", ["core", "full", "gpu-table"])
+def test_schedules_has_every_cell_that_the_comparison_asks_for(h100: Machine, request_: Request) -> None:
+    """Four batches, three models, four contenders on the same load; a default that changes must not drop one."""
+    plan = sets.schedules(h100, request_)
+    jobs = {job.target.name: job for job in plan.jobs}
+    assert {"small", "qwen3-1.7b", "qwen3-8b"} <= set(jobs)
+    assert "qwen3-14b" not in jobs
+    for name in ("small", "qwen3-1.7b", "qwen3-8b"):
+        job = jobs[name]
+        assert [scene.batch for scene in job.scenes] == [16, 64, 128, 256]
+        wanted = [contender.option("--sparsespec-schedule") for contender in job.contenders]
+        assert wanted == [None, None, "unified", "auto"]
+        assert [contender.is_plain for contender in job.contenders] == [True, False, False, False]
+        assert job.gate_on == "small"
+        for scene in job.scenes:
+            # long enough for `auto` to have looked at both and to have gone on
+            assert scene.new_tokens / 7.16 > 100
+    full = jobs["qwen3-8b"].scenes[-1]
+    assert full.batch * (full.prompt_tokens + full.new_tokens) == pytest.approx(380_000, rel=0.01)
+    assert not any(what.startswith(("small", "qwen3-1.7b", "qwen3-8b")) for what in reasons(plan))
+
+
+def test_schedules_can_be_measured_in_short_calls(h100: Machine, request_: Request) -> None:
+    """A step is a server start with its turns one by one: none may be as long as a call of nine minutes."""
+    plan = sets.schedules(h100, request_)
+    for job in plan.jobs:
+        if job.target.name == "qwen3-30b-a3b":
+            continue
+        longest = max(planner.predicted_turn_s(turn, h100) for turn in planner.turns(job, h100, {}))
+        assert planner.START_S[True] + longest < 4 * 60
+
+
+@pytest.mark.parametrize("name", ["core", "full", "gpu-table", "schedules"])
 def test_gpu_sets_say_so_on_a_cpu(name: str, laptop: Machine, request_: Request) -> None:
     """A set that runs nothing must say why, not succeed silently."""
     plan = sets.SETS[name](laptop, request_)
@@ -78,7 +109,7 @@ def test_cpu_sets_name_everyone_who_is_missing(name: str, laptop: Machine, reque
     assert found["plain/flashinfer"] == "it needs a GPU"
 
 
-@pytest.mark.parametrize("name", ["core", "gpu-table", "full", "paper"])
+@pytest.mark.parametrize("name", ["core", "gpu-table", "schedules", "full", "paper"])
 def test_sets_say_when_there_is_no_real_model(name: str, h100: Machine, request_: Request) -> None:
     """Without one there is no real acceptance, and on shapes no gate worth the name."""
     plan = sets.SETS[name](h100, dataclasses.replace(request_, model=None))

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from sglang_sparsespec.speculation.cost_model import RoundCost, steps_of_batch, verify_ms
+from sglang_sparsespec.speculation.cost_model import ROOFLINES, RoundCost, ServerCost, steps_of_batch, verify_ms
+from sglang_sparsespec.speculation.memory import ModelShape
 
 COST = RoundCost(weights_ms=2.0, attention_ms=10.0, gather_efficiency=0.5, capture_share=0.2, overhead_ms=0.5)
 
@@ -73,3 +74,41 @@ def test_steps_of_a_batch_are_those_of_its_last_request(batch: int) -> None:
     drawn = [max(rng.choices(range(4), shares, k=batch)) for _ in range(4000)]
     mean = sum(j * share for j, share in enumerate(found))
     assert sum(drawn) / len(drawn) == pytest.approx(mean, abs=0.06)
+
+
+def test_server_cost_from_shapes() -> None:
+    """Weights of the embedding read in every forward, or experts that nobody visits multiplied: by hand, Qwen3-8B."""
+    shape = ModelShape(
+        num_layers=36,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        dtype_bytes=2,
+    )
+    card = ROOFLINES["H100"]
+    cost = ServerCost.of(shape, card, budget_ratio=0.05, min_budget=192)
+    params = 36 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 12288) + 151936 * 4096
+    assert cost.weights_ms == pytest.approx(1e3 * params * 2 / 3.0e12)
+    assert cost.row_ms == pytest.approx(1e3 * 2 * params / 6.9e14)
+    assert cost.kv_ms == pytest.approx(1e3 * 2 * 36 * 8 * 128 * 2 / 3.0e12)
+    experts = shape._replace(experts=64, experts_per_token=4, expert_size=768)
+    mixture = ServerCost.of(experts, card, budget_ratio=0.05, min_budget=192)
+    expert = 36 * 3 * 4096 * 768
+    rest = params - 36 * 3 * 4096 * 12288
+    assert mixture.weights_ms / cost.weights_ms == pytest.approx((rest + 64 * expert) / params)
+    assert mixture.row_ms / cost.row_ms == pytest.approx((rest + 4 * expert) / params)
+    # half of the heads, and of the head's rows
+    rank = shape._replace(intermediate_size=6144, num_q_heads=16, num_kv_heads=4, num_ranks=2)
+    assert ServerCost.of(rank, card, budget_ratio=0.05, min_budget=192).weights_ms == pytest.approx(cost.weights_ms / 2)
+
+
+def test_terms_of_a_short_context_read_everything() -> None:
+    """A budget that is larger than the context, taken for more than all of it."""
+    cost = ServerCost(weights_ms=1.0, row_ms=0.01, kv_ms=1e-3, budget_ratio=0.05, min_budget=192)
+    # 4 requests of 100 tokens, k = 2: A = 0.4; 4 rows and 12 rows read the weights
+    lockstep, unified = (cost.terms(name, 4, 400, 2) for name in ("lockstep", "unified"))
+    assert lockstep == pytest.approx((2 * 1.2 + 1.0, 0.4 * 1.1 + 2 * 0.4 / 0.75, 0.75))
+    assert unified == pytest.approx((3 * 1.2, 0.4 * 1.1 + 2 * 0.4 / 0.75, 3 * 0.75))
