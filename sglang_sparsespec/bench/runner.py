@@ -131,6 +131,8 @@ class Runner:
             with self._server(job, baseline) as reference:
                 self._keep_reference(job, reference, source)
                 for other in others:
+                    # without it nothing that follows can be compared
+                    reference.check_alive("between contenders")
                     self._gate_apart(job, other, source)
                     if not self._wants_server(job, other, pair=other.name):
                         continue

@@ -32,6 +32,8 @@ class FakeServer:
     events: list[tuple[str, str, str | None]]
     broken = ""
     """Servers with this argument do not start."""
+    dead = ""
+    """Servers of this name die in their first turn."""
 
     def __init__(self, model: str, *args: str, env: dict[str, str | None], **_: Any) -> None:
         self.name = "ours" if "SPARSESPEC" in args else "plain"
@@ -46,6 +48,10 @@ class FakeServer:
         FakeServer.events.append(("start", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
         return self
 
+    def check_alive(self, when: str) -> None:
+        if FakeServer.dead == self.name:
+            raise ServerError(f"the server died {when}")
+
     def __exit__(self, *exc: object) -> None:
         FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
 
@@ -59,7 +65,7 @@ class World:
         self.answer = {"plain": [1, 2], "ours": [1, 2]}
         self.error: Exception | None = None
         FakeServer.events = []
-        FakeServer.broken = ""
+        FakeServer.broken = FakeServer.dead = ""
         monkeypatch.setattr(runner, "Server", FakeServer)
         monkeypatch.setattr(runner, "warm_up", lambda *args: None)
         monkeypatch.setattr(runner, "measure", self.measure)
@@ -146,6 +152,25 @@ def test_time_that_is_up_stops_before_the_next_step(world: World, job: Job, h100
     assert first.is_out_of_time
     assert world.starts == [("plain", None)]
     assert FakeServer.events[-1][:2] == ("stop", "plain")
+
+
+def test_a_baseline_that_dies_starts_no_others(
+    world: World, job: Job, h100: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would start, be gated and fail beside it; a minute of a lent card for each."""
+    plain, ours = job.contenders
+    others = [dataclasses.replace(ours, name=f"sparsespec/{i}", args=(*ours.args, str(i))) for i in range(3)]
+
+    def measure(server: FakeServer, *_: Any, **__: Any) -> dict[str, Any]:
+        FakeServer.dead = "plain"
+        raise ServerError("the server died during /flush_cache")
+
+    monkeypatch.setattr(runner, "measure", measure)
+    whole = dataclasses.replace(job, contenders=(plain, *others))
+    assert not make(whole, h100, tmp_path).run()
+    assert [name for name, _ in world.starts] == ["plain", "ours"]
+    failed = {record["pair"] for record in read_records(tmp_path / "results.jsonl") if record["record"] == "failure"}
+    assert failed == {other.name for other in others}
 
 
 @pytest.fixture
