@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FINISHED, FAILED, REFUSED, TIME_IS_UP = 0, 1, 2, 3
 TINY_CONTEXT = 4096
+CONTEXT = ("machine", "driver", "python", "versions", "commit", "sources", "tp_size")
+"""Of the provenance: what decides numbers besides the cells themselves. Others are measured anew."""
 TINY_MIN_BUDGET = "64"
 
 
@@ -107,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.report:
         return _report(path, out)
     facts = {**provenance(use_gpu=machine.has_gpu), "tp_size": machine.tp_size}
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "tp_size")}
+    context = {name: facts[name] for name in CONTEXT}
     runner = Runner(
         args.set,
         plan.jobs,
