@@ -35,6 +35,8 @@ class Turn:
     pair: str
     repeat: int
     key: str
+    server_args: tuple[str, ...]
+    """That all contenders of the job share."""
 
     def __str__(self) -> str:
         return f"{self.job.target.name}, {self.contender.name}, {self.scene}, repeat {self.repeat + 1}"
@@ -103,7 +105,7 @@ def turns(job: Job, machine: Machine, context: dict[str, Any]) -> list[Turn]:
     def turn(contender: Contender, scene: Scene, pair: str, repeat: int) -> Turn:
         whole = {**context, "server_args": args}
         key = turn_key(job.target, contender, scene, pair=pair, repeat=repeat, context=whole)
-        return Turn(job, contender, scene, pair, repeat, key)
+        return Turn(job, contender, scene, pair, repeat, key, args)
 
     if others and side_by_side(job, machine):
         return [
@@ -161,6 +163,7 @@ def describe(turn: Turn) -> dict[str, Any]:
         "contender": contender.name,
         "label": contender.label,
         "contender_args": list(contender.args),
+        "server_args": list(turn.server_args),
         "is_baseline": contender is turn.job.contenders[0],
         "baseline": turn.job.contenders[0].name,
         "gate_on": turn.job.gate_on,

@@ -30,12 +30,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[str]:
 
     A plot without two points on an axis, or without a speed-up that the parity gate allows, is left out.
     """
-    import matplotlib as mpl
-
-    # no display
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     kept, _ = current(records)
     found = rows(kept)
     checks, _notes = check_all(found, kept[-1]["provenance"] if kept else {"machine": ""})
@@ -54,15 +49,28 @@ def draw(records: Sequence[Record], folder: Path) -> list[str]:
     return drawn
 
 
+def _pyplot() -> Any:
+    """Without a display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _lines_by(pyplot: Any, found: Sequence[Row], axis: str, fixed: str) -> Iterable[tuple[str, Any]]:
     """Throughput over `axis`, one figure per target and value of `fixed`, one line per contender and temperature."""
     for target in dict.fromkeys(row.target for row in found):
         for value in sorted({row.scene[fixed] for row in found if row.target == target}):
             lines: dict[str, dict[int, float]] = {}
-            for row in found:
-                if row.target == target and row.scene[fixed] == value:
-                    name = f"{row.label}, {_temperature(row)}"
-                    lines.setdefault(name, {})[row.scene[axis]] = row.tokens_per_s
+            members = [row for row in found if row.target == target and row.scene[fixed] == value]
+            for row in members:
+                # answers of another length, or another server's pool, are another line
+                name = f"{row.label}, {row.scene['new_tokens']} new, {_temperature(row)}"
+                if len({member.server for member in members}) > 1:
+                    name += f", {row.server}"
+                lines.setdefault(name, {})[row.scene[axis]] = row.tokens_per_s
             lines = {name: points for name, points in lines.items() if len(points) > 1}
             if not lines:
                 continue
@@ -105,7 +113,12 @@ def _speedups(pyplot: Any, found: Sequence[Row]) -> Iterable[tuple[str, Any]]:
 def speedup_by_fill(row: Row, found: Sequence[Row]) -> list[tuple[float, float]]:
     """(pool tokens, speed-up): one point for a cell with one fill, else one per slice at the fill of the slice."""
     baseline = next(
-        (other for other in found if other.is_baseline and (other.target, other.scene) == (row.target, row.scene)), None
+        (
+            other
+            for other in found
+            if other.is_baseline and (other.target, other.scene, other.server) == (row.target, row.scene, row.server)
+        ),
+        None,
     )
     if baseline is None or row.ratio is None:
         return []

@@ -111,13 +111,14 @@ def scene_title(scene: dict[str, Any]) -> str:
 
 def _tables(found: Sequence[Row]) -> list[str]:
     lines = []
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in found:
-        groups.setdefault((row.target, scene_title(row.scene)), []).append(row)
-    for (target, title), members in groups.items():
+        groups.setdefault((row.target, scene_title(row.scene), row.server), []).append(row)
+    for (target, title, server), members in groups.items():
         simulated = {row.acceptance for row in members} - {"", "real"}
         note = "Acceptance **simulated**, random weights" if simulated else "Acceptance as the model gives it"
-        lines += [f"## {target}: {title}", "", f"{note}.", ""]
+        where = f" Server: {server}." if server else ""
+        lines += [f"## {target}: {title}", "", f"{note}.{where}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in members]
         refused = [row for row in members if row.refusal]

@@ -198,6 +198,17 @@ def test_speedup_by_fill_compares_equal_fills(job: Job, tmp_path: Path) -> None:
     assert plots.speedup_by_fill(row, found) == [(200, 2.0)]
 
 
+def test_lines_join_answers_of_one_length(job: Job) -> None:
+    """A line from 64 to 256 tokens over the batch shows the answers' length and not the batch."""
+    plain, ours = job.contenders
+    scenes = (Scene(2, 1024, 64), Scene(8, 1024, 256), Scene(8, 1024, 64))
+    found = plots.rows([turn_record(job, who, scene) for who in (plain, ours) for scene in scenes])
+    [(name, figure)] = plots._lines_by(plots._pyplot(), found, "batch", "prompt_tokens")
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert name == "throughput-small-by-batch-1024.png"
+    assert lines == {f"{who.label}, 64 new, greedy": [2, 8] for who in (plain, ours)}
+
+
 def test_summarise_cuts_warm_up_and_drain() -> None:
     """One turn from traces to numbers: rate, round, gaps and pool."""
     traces = [
@@ -271,6 +282,27 @@ def test_commit_of_a_copy_without_git(tmp_path: Path, monkeypatch: pytest.Monkey
     assert provenance.commit(tmp_path) == "abc1234"
     monkeypatch.setenv(provenance.COMMIT_VARIABLE, "def5678")
     assert provenance.commit(tmp_path) == "def5678"
+
+
+def test_every_edit_is_another_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All edits of a checkout are the same "-dirty" commit, a copy has none: old turns would pass for new."""
+    (tmp_path / "package" / "ops").mkdir(parents=True)
+    (tmp_path / "patches").mkdir()
+    kernel, patch = tmp_path / "package" / "ops" / "x.py", tmp_path / "patches" / "y.py"
+    found = set()
+    for file, text in ((kernel, "a"), (kernel, "b"), (patch, "a"), (tmp_path / "package" / "z.py", "")):
+        file.write_text(text)
+        found.add(provenance.sources_digest(tmp_path / "package"))
+        (tmp_path / "package" / "notes.md").write_text(text)
+    assert len(found) == 4
+    contexts = []
+    monkeypatch.setattr(cli, "Runner", lambda *args, context, **_: contexts.append(context) or pytest.fail("made"))
+    for sources in ("one", "two"):
+        monkeypatch.setattr(provenance, "sources_digest", lambda sources=sources: sources)
+        with pytest.raises(pytest.fail.Exception):
+            cli.main(["smoke", "--dry-run", "--out", str(tmp_path)])
+    assert contexts[0]["commit"] == contexts[1]["commit"]
+    assert [context["sources"] for context in contexts] == ["one", "two"]
 
 
 def test_command_is_one_that_others_can_type() -> None:

@@ -120,6 +120,20 @@ def test_a_lagging_client_does_not_slow_the_plain_server_of_the_model(job: Job) 
     assert fit == pytest.approx((2.0, 0.002))
 
 
+def test_turns_of_another_pool_are_another_row(job: Job) -> None:
+    """`--only` leaves scenes out, and the server then has a smaller pool and fewer places: not the same measurement."""
+    records = [gate_record(job, job.contenders[1])]
+    for pool, ours in ((1000, 150), (90_000, 300)):
+        for record in paired(job, [100], [ours]):
+            args = ["--dtype", "float32", "--max-total-tokens", str(pool), "--max-running-requests", "8"]
+            records.append({**record, "server_args": args})
+    found = [row for row in rows(records) if not row.is_baseline]
+    assert [(row.ratio, row.over_best_plain) for row in found] == [(1.5, 1.5), (3.0, 3.0)]
+    page = markdown(records)
+    assert "Server: pool of 1,000 tokens, at most 8 running." in page
+    assert "Server: pool of 90,000 tokens, at most 8 running." in page
+
+
 def test_records_of_another_context_stay_out(job: Job) -> None:
     """Numbers of two commits in one median belong to neither."""
     old = [{**record, "context": "before"} for record in paired(job, [1], [1])]
