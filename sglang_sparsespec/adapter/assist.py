@@ -99,10 +99,16 @@ class NgramAssist:
             tokens = torch.tensor([*req.origin_input_ids, *req.output_ids], dtype=torch.int32)
             self._history[req.req_pool_idx, : len(tokens)] = to_device(tokens, self._history.device)
 
-    def commit(self, plan: RoundPlan, acceptance: Acceptance) -> None:
-        """Take in what a round accepted; what lies behind that is written again before it is read."""
-        tokens = acceptance.accept_tokens
-        behind = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    def commit(self, plan: RoundPlan, current: torch.Tensor, acceptance: Acceptance) -> None:
+        """Take in what a round fed and accepted; what lies behind that is written again before it is read.
+
+        Args:
+            plan: of the round.
+            current: [num_reqs], int64, the token at the committed length: behind a prefill nobody else has written it.
+            acceptance: of the round.
+        """
+        tokens = torch.cat([current[:, None], acceptance.accept_tokens], dim=1)
+        behind = torch.arange(tokens.shape[1], device=tokens.device)
         positions = (plan.committed_lens[:, None] + behind).clamp(max=self._history.shape[1] - 1)
         self._history[plan.rows[:, None], positions] = tokens.to(torch.int32)
 

@@ -197,10 +197,13 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
+        current = batch.spec_info.bonus_tokens.long()
         is_unified = self._runs_unified(batch, plan)
         self._steps.runs("unified" if is_unified else "lockstep")
         run = self._run_unified if is_unified else self._run_lockstep
         acceptance, logits_output = run(batch, plan)
+        if self._assist is not None:
+            self._assist.commit(plan, current, acceptance)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
@@ -505,8 +508,6 @@ class SparseSpecWorker(BaseSpecWorker):
         new_seq_lens = plan.committed_lens + acceptance.accept_lens
         if plan.penalised is not None:
             self._penalties.append(plan.penalised, acceptance)
-        if self._assist is not None:
-            self._assist.commit(plan, acceptance)
         if on_publish is not None:
             on_publish(new_seq_lens)
         predicted = acceptance.accept_tokens.to(torch.int32).flatten()

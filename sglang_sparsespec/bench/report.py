@@ -106,7 +106,11 @@ def scene_title(scene: dict[str, Any]) -> str:
     if temperature and (scene["top_p"], scene["top_k"]) != (1.0, -1):
         sampling += f", top-p {scene['top_p']:g}, top-k {scene['top_k']}"
     at_most = "" if scene["ignore_eos"] else "at most "
-    return f"batch {scene['batch']}, {scene['prompt_tokens']} prompt + {at_most}{scene['new_tokens']} new, {sampling}"
+    # written by versions that had full pools alone
+    share = scene.get("pool_share", 1.0)
+    pool = "" if share >= 1 else f", pool for {share:.0%} of it"
+    tokens = f"{scene['prompt_tokens']} prompt + {at_most}{scene['new_tokens']} new"
+    return f"batch {scene['batch']}, {tokens}, {sampling}{pool}"
 
 
 def _tables(found: Sequence[Row]) -> list[str]:
