@@ -149,7 +149,7 @@ def cpu_table(machine: Machine, request: Request) -> Plan:
         return Plan((), (Skip("real model", request.no_model),))
     members, skips = _rivals(machine, request, ("window", "quest", "first-last", "pillar"), real=True)
     members += (_made(who.triforce, machine, request),)
-    job = dataclasses.replace(_job(request, request.model, members, (Scene(2, 768, 64),)), gate_tokens=CPU_GATE_TOKENS)
+    job = dataclasses.replace(_job(request, request.model, members, (Scene(2, 512, 64),)), gate_tokens=CPU_GATE_TOKENS)
     return _fitting(machine, [job], skips)
 
 
