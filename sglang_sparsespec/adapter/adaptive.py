@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sglang_sparsespec.adapter.host_ranks import HostRanks
-from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.adapter.transfer import ToHost, to_device, to_host
 from sglang_sparsespec.config import SCHEDULES
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
@@ -64,6 +64,8 @@ class _InFlight(NamedTuple):
     is_steady: bool
     """Whether nothing else ran before it."""
     schedule: str
+    drafted: ToHost | None = None
+    """Drafts that each request really had, where they were fewer than wanted."""
 
 
 class RoundSteps:
@@ -121,6 +123,15 @@ class RoundSteps:
         """The round that was planned last runs by this schedule."""
         self._in_flight[-1] = self._in_flight[-1]._replace(schedule=schedule)
 
+    def drafted(self, counts: torch.Tensor) -> None:
+        """The round that was planned last has fewer drafts than k for some requests.
+
+        Args:
+            counts: [num_reqs], int64, drafts of each request.
+        """
+        if self.controller is not None:
+            self._in_flight[-1] = self._in_flight[-1]._replace(drafted=to_host(counts))
+
     def _agreed_schedule(self, num_reqs: int, pool_tokens: int) -> str:
         """Rank 0's choice, as with k; every rank gets here once a round."""
         if self._choice is None:
@@ -159,7 +170,7 @@ class RoundSteps:
         self._arrived = arrived
         if not self._in_flight:
             return
-        done, is_steady, schedule = self._in_flight.popleft()
+        done, is_steady, schedule, drafted = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
@@ -170,6 +181,9 @@ class RoundSteps:
             self._choice.observe(schedule, round_ms if done.num_steps == self.max_steps else None)
         if self.controller is None:
             return
+        if drafted is not None:
+            # a draft that was never made did not fail
+            done = done._replace(allowed=tuple(map(min, done.allowed, drafted.read())))
         self.controller.observe(done, num_correct, round_ms)
         if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
             self._saved = arrived

@@ -287,6 +287,7 @@ class SparseSpecWorker(BaseSpecWorker):
         counts = self._assist.draft(batch, plan, drafts, batch.spec_info.bonus_tokens.long(), num_forwards)
         agreed = self._ranks.agree(torch.cat([drafts.tokens, counts[:, None]], dim=1))
         drafts.tokens, drafts.counts = agreed[:, :-1], agreed[:, -1]
+        self._steps.drafted(drafts.counts)
         return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
