@@ -154,17 +154,21 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _rounds(pyplot: Any, checks: Sequence[ModelCheck]) -> Iterable[tuple[str, Any]]:
-    """Two bars per cell: the model's terms, stacked, and the measured round (in two parts where a sweep gives them)."""
+    """Bars per cell: what the card allows, and the model, stacked by term, and the measured round (in two parts where a
+    sweep gives them)."""
     for target in dict.fromkeys(check.target for check in checks):
         cells = [check for check in checks if check.target == target]
-        figure, axes = pyplot.subplots(figsize=(max(WIDTH, 1.6 * len(cells)), HEIGHT))
-        bottoms = [0.0] * len(cells)
+        figure, axes = pyplot.subplots(figsize=(max(WIDTH, 1.9 * len(cells)), HEIGHT))
+        bars = [(3.5 * i, check.roofline) for i, check in enumerate(cells) if check.roofline is not None]
+        has_roofline = bool(bars)
+        bars += [(3.5 * i + 1, check.model) for i, check in enumerate(cells)]
+        bottoms = [0.0] * len(bars)
         for term in cells[0].model.terms():
-            heights = [check.model.terms()[term] for check in cells]
-            axes.bar([2.5 * i for i in range(len(cells))], heights, bottom=bottoms, label=f"model: {term}", width=0.9)
+            heights = [found.terms()[term] for _, found in bars]
+            axes.bar([place for place, _ in bars], heights, bottom=bottoms, label=term.replace("_", " "), width=0.9)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         parts = [check.measured_terms or (check.measured, 0.0) for check in cells]
-        places = [2.5 * i + 1 for i in range(len(cells))]
+        places = [3.5 * i + 2 for i in range(len(cells))]
         axes.bar(places, [part[0] for part in parts], label="measured (fixed part)", color="dimgrey", width=0.9)
         axes.bar(
             places,
@@ -174,12 +178,13 @@ def _rounds(pyplot: Any, checks: Sequence[ModelCheck]) -> Iterable[tuple[str, An
             color="lightgrey",
             width=0.9,
         )
-        axes.set_xticks([2.5 * i + 0.5 for i in range(len(cells))])
+        axes.set_xticks([3.5 * i + 1 for i in range(len(cells))])
         axes.set_xticklabels(
             [f"{c.contender}\n{scene_title(c.scene).replace(', ', chr(10))}" for c in cells], fontsize=6
         )
         axes.set_ylabel("ms per round")
-        axes.set_title(f"{target}: one round, model and measurement")
+        order = "roofline, model, measured" if has_roofline else "model, measured; no roofline of this machine is known"
+        axes.set_title(f"{target}: one round by term ({order})", fontsize=9)
         axes.legend(fontsize=6)
         yield f"round-{_slug(target)}.png", figure
 
