@@ -18,6 +18,7 @@ from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.window import Trace
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.model_tools.texts import own_sources
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -252,20 +253,6 @@ def test_client_reads_the_counts_of_a_chunk() -> None:
     assert (int(found[1]), int(verified[1])) == (17, 4)
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
-    """Each form that data sets come in, and a clear refusal of the rest."""
-    path = tmp_path / "p.jsonl"
-    path.write_text('"a"\n\n{"prompt": "b"}\n{"problem": "c"}\n{"messages": [{"role": "user", "content": "d"}]}\n')
-    assert prompts.read_prompts(path) == ["a", "b", "c", "d"]
-    for bad in ('{"id": 3}\n', "no json\n", '""\n'):
-        path.write_text('"a"\n' + bad)
-        with pytest.raises(ConfigError, match="line 2 of"):
-            prompts.read_prompts(path)
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="at least one prompt"):
-        prompts.read_prompts(path)
-
-
 def test_token_prompts_have_their_length(tiny_qwen3_path: Path) -> None:
     """A text that is shorter than the prompt would make a shorter context than the table says."""
     from transformers import AutoTokenizer
@@ -275,6 +262,8 @@ def test_token_prompts_have_their_length(tiny_qwen3_path: Path) -> None:
     found = prompts.token_prompts(tokenizer, lengths)
     assert [len(ids) for ids in found] == lengths
     assert prompts.token_prompts(tokenizer, lengths, seed=1) != found
+    own = tokenizer.decode(prompts.token_prompts(tokenizer, [16] * 3)[prompts.OWN_PLACE])
+    assert own in tokenizer.decode(tokenizer(own_sources(), verbose=False)["input_ids"])
     path = tiny_qwen3_path / "prompts.jsonl"
     path.write_text('"one"\n{"prompt": "two"}\n')
     chats = prompts.file_prompts(tokenizer, path, 3)
