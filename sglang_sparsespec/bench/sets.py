@@ -147,7 +147,7 @@ def cpu_table(machine: Machine, request: Request) -> Plan:
     """What the papers compare, on a CPU with real acceptance: plain, MagicDec, TriForce, Quest, Vegas and ours."""
     if request.model is None:
         return Plan((), (Skip("real model", request.no_model),))
-    members, skips = _rivals(machine, request, ("window", "quest", "first-last", "pillar"), real=True)
+    members, skips = _rivals(machine, request, ("pillar", "window", "quest", "first-last"), real=True)
     members += (_made(who.triforce, machine, request),)
     job = dataclasses.replace(_job(request, request.model, members, (Scene(2, 512, 64),)), gate_tokens=CPU_GATE_TOKENS)
     return _fitting(machine, [job], skips)
