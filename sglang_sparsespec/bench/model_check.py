@@ -74,6 +74,9 @@ def check_all(rows: Sequence[Row], provenance: dict[str, Any]) -> tuple[list[Mod
     for row in rows:
         if "SPARSESPEC" not in row.turns[0]["contender_args"]:
             continue
+        if row.scene.get("pool_share", 1.0) < 1:
+            notes.append(f"{row.contender} on {row.target}: a pool that is too small is no matter of rounds alone")
+            continue
         fit = plain_fit(rows, row.target, row.scene["batch"], row.scene["temperature"])
         if fit is None or min(fit) <= 0:
             notes.append(

@@ -257,6 +257,16 @@ def test_round_stands_beside_the_cards_roofline(job: Job) -> None:
     assert set(elsewhere) == {1.0, 2.0}
 
 
+def test_model_is_not_applied_to_a_pool_that_is_too_small(job: Job) -> None:
+    """Requests that wait or start again take time that is in no round."""
+    small = dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4, pool_share=0.4),))
+    records = sweep(dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4),)), our_extra_ms=0.0)
+    for record in records:
+        record["scene"] = vars(small.scenes[0])
+    checks, notes = check_all(rows(records), {"machine": "an unknown card"})
+    assert (checks, len(notes)) == ([], 1)
+
+
 def test_model_is_not_applied_without_a_fill_sweep(job: Job) -> None:
     """A line through repeats of one fill has any slope."""
     checks, notes = check_all(rows(paired(job, [100], [200])), {"machine": "CPU"})
