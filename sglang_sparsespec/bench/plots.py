@@ -185,7 +185,7 @@ def _rounds(pyplot: Any, checks: Sequence[ModelCheck]) -> Iterable[tuple[str, An
         axes.set_ylabel("ms per round")
         order = "roofline, model, measured" if has_roofline else "model, measured; no roofline of this machine is known"
         axes.set_title(f"{target}: one round by term ({order})", fontsize=9)
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         yield f"round-{_slug(target)}.png", figure
 
 
