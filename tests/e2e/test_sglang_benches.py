@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+# SGLang adds accept lengths up when it logs
+LOG = "--decode-log-interval=2"
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
 def server(tiny_model: Path) -> Iterator[Server]:
-    options = ("--speculative-algorithm=SPARSESPEC", "--sparsespec-min-budget=64", "--skip-server-warmup")
+    options = ("--speculative-algorithm=SPARSESPEC", "--sparsespec-min-budget=64", "--skip-server-warmup", LOG)
     with Server(tiny_model, *options, env=TINY_ENV) as server:
         yield server
 
@@ -31,6 +33,7 @@ def last_line(path: Path, module: str, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", module, *options]
     done = subprocess.run(command, env=server_env(), capture_output=True, text=True, check=False, cwd=path.parent)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(done.stdout)
     found: dict[str, Any] = json.loads(path.read_text().splitlines()[-1])
     return found
 
