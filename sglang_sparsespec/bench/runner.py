@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from sglang_sparsespec.bench.cells import Contender, Job, Skip
+    from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip
     from sglang_sparsespec.bench.machine import Machine
     from sglang_sparsespec.bench.planner import Turn
     from sglang_sparsespec.bench.records import Record
@@ -184,10 +184,10 @@ class Runner:
         ]
 
     def _wants_server(self, job: Job, member: Contender, **wanted: Any) -> bool:
-        """Whether something is left for which a contender has to be up: turns, its gate, or the gate's reference."""
+        """Whether something is left for which a contender has to be up: turns, gate, reference, trace."""
         gates_here = self._gate_is_open(job, member) and not is_simulated(job.target, member)
         answers = member is job.contenders[0] and self._lacks_reference(job)
-        return gates_here or answers or bool(self._open_turns(job, **wanted))
+        return gates_here or answers or bool(self._open_turns(job, **wanted) or self._open_traces(job, member))
 
     def _wants_beside(self, job: Job, other: Contender) -> bool:
         return self._wants_server(job, other, pair=other.name) or self._gate_is_open(job, other)
@@ -239,13 +239,7 @@ class Runner:
 
     def _profile(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
         """Trace the first scene of each large batch, greedy and sampled."""
-        if not self._profiles or contender.is_plain:
-            return
-        traced = {(scene.batch, scene.temperature): scene for scene in reversed(job.scenes)}
-        for scene in traced.values():
-            key = digest("trace", job.target.identity, contender, scene, self._context)
-            if scene.batch < PROFILED_BATCH or key in self._finished:
-                continue
+        for key, scene in self._open_traces(job, contender).items():
             load_s = predicted_load_s(
                 job.target, self._machine, scene.batch, scene.prompt_tokens + scene.new_tokens, trace.NEW_TOKENS
             )
@@ -269,6 +263,18 @@ class Runner:
                     **trace.summarise(path),
                 }
             )
+
+    def _open_traces(self, job: Job, contender: Contender) -> dict[str, Scene]:
+        """By key."""
+        if not self._profiles or contender.is_plain:
+            return {}
+        firsts = {(scene.batch, scene.temperature): scene for scene in reversed(job.scenes)}
+        wanted = {
+            digest("trace", job.target.identity, contender, scene, self._context): scene
+            for scene in firsts.values()
+            if scene.batch >= PROFILED_BATCH
+        }
+        return {key: scene for key, scene in wanted.items() if key not in self._finished}
 
     # servers and time
 

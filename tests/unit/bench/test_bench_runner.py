@@ -363,6 +363,13 @@ def test_rounds_are_traced_once(
         make(dataclasses.replace(job, scenes=scenes), h100, tmp_path, profile=True).run()
     assert traced == [("ours", scenes[1])]
     assert kinds(tmp_path).count("trace") == 1
+    # one for which the time was up is not lost
+    path = tmp_path / "results.jsonl"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if '"record": "trace"' not in line]
+    path.write_text("".join(kept))
+    FakeServer.events.clear()
+    make(dataclasses.replace(job, scenes=scenes), h100, tmp_path, profile=True).run()
+    assert (len(traced), world.starts) == (2, [("plain", None), ("ours", None)])
 
 
 @pytest.mark.parametrize(
