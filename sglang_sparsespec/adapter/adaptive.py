@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sglang_sparsespec.adapter.host_ranks import HostRanks
-from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.adapter.transfer import ToHost, to_device, to_host
 from sglang_sparsespec.config import SCHEDULES
 from sglang_sparsespec.request_options import draft_limit
 from sglang_sparsespec.speculation import profile
@@ -67,6 +67,8 @@ class _InFlight(NamedTuple):
     schedule: str
     is_schedule_try: bool = False
     """Whether its schedule is not the one that is kept: its time says nothing of its k."""
+    drafted: ToHost | None = None
+    """Drafts that each request really had, where they were fewer than wanted."""
 
 
 class RoundSteps:
@@ -141,7 +143,16 @@ class RoundSteps:
             allowed = tuple(map(min, done.allowed, verified))
             done = done._replace(allowed=allowed)
         is_try = planned.is_schedule_try and schedule == planned.schedule
-        self._in_flight[-1] = _InFlight(done, planned.is_steady, schedule, is_try)
+        self._in_flight[-1] = planned._replace(round=done, schedule=schedule, is_schedule_try=is_try)
+
+    def drafted(self, counts: torch.Tensor) -> None:
+        """The round that was planned last has fewer drafts than k for some requests.
+
+        Args:
+            counts: [num_reqs], int64, drafts of each request.
+        """
+        if self.controller is not None:
+            self._in_flight[-1] = self._in_flight[-1]._replace(drafted=to_host(counts))
 
     def _agreed_schedule(self, chosen: Round) -> str:
         """Rank 0's choice, as with k; every rank gets here once a round, and knows k."""
@@ -186,7 +197,7 @@ class RoundSteps:
         self._arrived = arrived
         if not self._in_flight:
             return
-        done, is_steady, schedule, is_schedule_try = self._in_flight.popleft()
+        done, is_steady, schedule, is_schedule_try, drafted = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
@@ -197,6 +208,9 @@ class RoundSteps:
             self._choice.observe(schedule, len(num_correct), done.pool_tokens, round_ms)
         if self.controller is None:
             return
+        if drafted is not None:
+            # a draft that was never made did not fail
+            done = done._replace(allowed=tuple(map(min, done.allowed, drafted.read())))
         self.controller.observe(done, num_correct, None if is_schedule_try else round_ms)
         if self._profile is not None and arrived - self._saved > SAVE_EVERY_S:
             self._saved = arrived

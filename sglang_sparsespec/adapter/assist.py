@@ -8,14 +8,14 @@ others. Invariant: nothing here waits for the device, and what it has counted is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_sparsespec.adapter.padded_forward import PaddedForward
 from sglang_sparsespec.adapter.spec_input import SparseSpecDraftStep
-from sglang_sparsespec.adapter.transfer import to_device
+from sglang_sparsespec.adapter.transfer import ToHost, to_device, to_host
 from sglang_sparsespec.speculation.memory import num_bytes
 from sglang_sparsespec.speculation.ngram import Pace, matched, propose
 
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from sglang_sparsespec.adapter.static_round import StaticRound
     from sglang_sparsespec.adapter.worker import RoundPlan
     from sglang_sparsespec.speculation.acceptance import Acceptance
-
-
-class _Counted(NamedTuple):
-    """What a round yielded, on its way to the host."""
-
-    host: torch.Tensor
-    """[2], int64: drafts, and forwards in which they were wanted."""
-    arrived: Any
-    """CUDA event; None: it is there."""
 
 
 class NgramAssist:
@@ -80,7 +71,8 @@ class NgramAssist:
 
         self._tokens, self._positions, self._slots, self._places = zeros(), zeros(), zeros(), zeros()
         self._lens = zeros(torch.int32)
-        self._counted: list[_Counted] = []
+        self._counted: list[ToHost] = []
+        """Of rounds, [2] int64: drafts, and forwards in which they were wanted."""
 
     @property
     def num_bytes(self) -> int:
@@ -99,10 +91,16 @@ class NgramAssist:
             tokens = torch.tensor([*req.origin_input_ids, *req.output_ids], dtype=torch.int32)
             self._history[req.req_pool_idx, : len(tokens)] = to_device(tokens, self._history.device)
 
-    def commit(self, plan: RoundPlan, acceptance: Acceptance) -> None:
-        """Take in what a round accepted; what lies behind that is written again before it is read."""
-        tokens = acceptance.accept_tokens
-        behind = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    def commit(self, plan: RoundPlan, current: torch.Tensor, acceptance: Acceptance) -> None:
+        """Take in what a round fed and accepted; what lies behind that is written again before it is read.
+
+        Args:
+            plan: of the round.
+            current: [num_reqs], int64, the token at the committed length: behind a prefill nobody else has written it.
+            acceptance: of the round.
+        """
+        tokens = torch.cat([current[:, None], acceptance.accept_tokens], dim=1)
+        behind = torch.arange(tokens.shape[1], device=tokens.device)
         positions = (plan.committed_lens[:, None] + behind).clamp(max=self._history.shape[1] - 1)
         self._history[plan.rows[:, None], positions] = tokens.to(torch.int32)
 
@@ -159,7 +157,7 @@ class NgramAssist:
             counts = counts + num_new
             fed = chain.gather(1, (counts - 1)[:, None])[:, 0]
         drafts.tokens = chain[:, :num_steps].contiguous()
-        self._count(counts.sum(), wanted.sum())
+        self._counted.append(to_host(torch.stack([counts.sum(), wanted.sum()])))
         return counts
 
     def _load(self, plan: RoundPlan, tokens: torch.Tensor, offsets: torch.Tensor, is_fed: torch.Tensor) -> None:
@@ -198,20 +196,9 @@ class NgramAssist:
 
     # What it was worth
 
-    def _count(self, num_drafts: torch.Tensor, num_forwards: torch.Tensor) -> None:
-        counted = torch.stack([num_drafts, num_forwards])
-        if not counted.is_cuda:
-            self._counted.append(_Counted(counted, None))
-            return
-        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        host.copy_(counted, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._counted.append(_Counted(host, event))
-
     def num_forwards(self, num_steps: int) -> int:
         """Forwards of the next round, by what earlier ones yielded as far as the host knows; 0: without guesses."""
-        while self._counted and (self._counted[0].arrived is None or self._counted[0].arrived.query()):
-            num_drafts, num_forwards = self._counted.pop(0).host.tolist()
+        while self._counted and self._counted[0].is_there:
+            num_drafts, num_forwards = self._counted.pop(0).read()
             self.pace.observe(num_drafts, num_forwards)
         return self.pace.forwards(num_steps)

@@ -198,11 +198,14 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None) -> GenerationBatchResult:
         record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
         plan = self._plan(batch)
+        current = batch.spec_info.bonus_tokens.long()
         is_unified = self._runs_unified(batch, plan)
         run = self._run_unified if is_unified else self._run_lockstep
         acceptance, logits_output = run(batch, plan)
         verified = self._unified.num_verified if is_unified and self._unified is not None else None
         self._steps.runs("unified" if is_unified else "lockstep", verified)
+        if self._assist is not None:
+            self._assist.commit(plan, current, acceptance)
         return self._commit(batch, plan, logits_output, acceptance, on_publish)
 
     def _runs_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> bool:
@@ -288,6 +291,7 @@ class SparseSpecWorker(BaseSpecWorker):
         counts = self._assist.draft(batch, plan, drafts, batch.spec_info.bonus_tokens.long(), num_forwards)
         agreed = self._ranks.agree(torch.cat([drafts.tokens, counts[:, None]], dim=1))
         drafts.tokens, drafts.counts = agreed[:, :-1], agreed[:, -1]
+        self._steps.drafted(drafts.counts)
         return drafts
 
     def _load(self, plan: RoundPlan, req_to_token: torch.Tensor) -> None:
@@ -542,8 +546,6 @@ class SparseSpecWorker(BaseSpecWorker):
         new_seq_lens = plan.committed_lens + acceptance.accept_lens
         if plan.penalised is not None:
             self._penalties.append(plan.penalised, acceptance)
-        if self._assist is not None:
-            self._assist.commit(plan, acceptance)
         if on_publish is not None:
             on_publish(new_seq_lens)
         predicted = acceptance.accept_tokens.to(torch.int32).flatten()

@@ -102,6 +102,9 @@ class Scene:
     """A JSONL file; else Python's own texts, or random ids on a target without weights."""
     num_slices: int = 1
     """Parts of the steady state that are reported apart: speed over pool fill from one run."""
+    pool_share: float = 1.0
+    """The server's KV pool over what the batch needs in the end. Below 1 requests wait, start again, or move to host
+    memory, and fewer than the batch decode at a time. A job of its own: a pool is sized for all scenes of a job."""
 
     @property
     def requests(self) -> int:
@@ -110,7 +113,12 @@ class Scene:
     @property
     def pool_tokens(self) -> int:
         """KV tokens that a server must have for this scene."""
-        return self.batch * (self.prompt_tokens + self.new_tokens + RESERVE_TOKENS)
+        return round(self.pool_share * self.batch * (self.prompt_tokens + self.new_tokens + RESERVE_TOKENS))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the whole batch decodes at some time; otherwise the steady state is at what is reached."""
+        return self.ignore_eos and self.pool_share >= 1
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -121,7 +129,8 @@ class Scene:
 
     def __str__(self) -> str:
         sampling = "greedy" if self.temperature == 0 else f"T={self.temperature:g}"
-        return f"batch {self.batch}, {self.prompt_tokens}+{self.new_tokens} tokens, {sampling}"
+        pool = "" if self.pool_share >= 1 else f", pool for {self.pool_share:.0%} of it"
+        return f"batch {self.batch}, {self.prompt_tokens}+{self.new_tokens} tokens, {sampling}{pool}"
 
 
 class Skip(NamedTuple):
@@ -141,6 +150,8 @@ class Job:
     repeats: int
     gate_on: str
     """Name of the target on which a contender's greedy output is compared with the baseline's."""
+    gate_tokens: int = 48
+    """Of each answer that is compared."""
 
 
 def digest(*parts: Any) -> str:

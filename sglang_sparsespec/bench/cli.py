@@ -23,8 +23,8 @@ from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.records import read_records
 from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.runner import Runner
-from sglang_sparsespec.bench.sets import SETS, Plan, Request, check
-from sglang_sparsespec.bench.shapes import DEFAULT_SHAPES, SHAPES, read_shape, write_shape
+from sglang_sparsespec.bench.sets import CPU_MIN_BUDGET, CPU_SETS, DEFAULT_SHAPES, SETS, Plan, Request, check
+from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.summary import current
 from sglang_sparsespec.errors import ConfigError
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FINISHED, FAILED, REFUSED, TIME_IS_UP = 0, 1, 2, 3
 TINY_CONTEXT = 4096
+CONTEXT = ("machine", "driver", "python", "versions", "commit", "sources", "tp_size")
+"""Of the provenance: what decides numbers besides the cells themselves. Others are measured anew."""
 TINY_MIN_BUDGET = "64"
 
 
@@ -55,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16; on a CPU float32"
     )
-    found.add_argument("--device", choices=("cpu",), help="leave the GPU out of account; set smoke always does")
+    found.add_argument("--device", choices=("cpu",), help="leave the GPU out of account (smoke and cpu-table do)")
     found.add_argument(
         "--tp-size", type=int, choices=(1, 2, 4, 8), default=1, help="ranks of every server, the baseline's too"
     )
@@ -71,9 +73,9 @@ def parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         choices=list(SHAPES),
-        default=list(DEFAULT_SHAPES),
+        default=[],
         metavar="SHAPE",
-        help=f"random weights: any of {', '.join(SHAPES)} (default: {', '.join(DEFAULT_SHAPES)})",
+        help=f"random weights: any of {', '.join(SHAPES)} (default: the set's)",
     )
     found.add_argument(
         "--only", action="append", default=[], metavar="TEXT", help="scenes with this in their name (--dry-run); repeat"
@@ -99,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("bench-results") / args.set
-    machine = detect("cpu" if args.set == "smoke" else args.device, args.tp_size)
+    machine = detect("cpu" if args.set in CPU_SETS else args.device, args.tp_size)
     request = build_request(args, machine, out)
     check(args.set, request)
     plan = only(SETS[args.set](machine, request), args.only)
@@ -107,7 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.report:
         return _report(path, out)
     facts = {**provenance(use_gpu=machine.has_gpu), "tp_size": machine.tp_size}
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "tp_size")}
+    context = {name: facts[name] for name in CONTEXT}
     runner = Runner(
         args.set,
         plan.jobs,
@@ -149,6 +151,9 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
             raise ConfigError(option, value, "more than 0", "Leave it out to get the default.")
     if args.prompts and not args.prompts.is_file():
         raise ConfigError("--prompts", str(args.prompts), "a JSONL file", "Check the path.")
+    if args.profile and not machine.has_gpu:
+        here = f"set {args.set} leaves a GPU out of account" if args.set in CPU_SETS else "there is no GPU here"
+        raise ConfigError("--profile", True, f"left out: {here}", "It traces what the GPU does in a round.")
     dtype = args.dtype or ("bfloat16" if machine.has_gpu else "float32")
     needs_model = args.set not in ("smoke",)
     if args.model and not needs_model:
@@ -158,7 +163,10 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
     if args.set == "smoke":
         tiny = tiny_target(out / "models" / "tiny", args.dtype or "float32")
         spec_args = ("--sparsespec-min-budget", TINY_MIN_BUDGET, *spec_args)
+    if args.set == "cpu-table":
+        spec_args = (*CPU_MIN_BUDGET, *spec_args)
     model = real_target(args.model, dtype) if needs_model else None
+    shapes = args.shapes or DEFAULT_SHAPES.get(args.set, ())
     no_model = Request.no_model
     if model is not None and not model.shape.splits_over(machine.tp_size):
         no_model = f"the heads of {model.name} ({model.shape.heads}, KV {model.shape.kv_heads}) do not split over "
@@ -167,12 +175,14 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
     return Request(
         model=model,
         no_model=no_model,
-        shapes=tuple(shape_target(name, out / "models" / name, dtype) for name in args.shapes),
+        shapes=tuple(shape_target(name, out / "models" / name, dtype) for name in shapes),
+        shapes_given=tuple(args.shapes),
         tiny=tiny,
         eagle3_draft=args.eagle3_draft,
         spec_args=spec_args,
         named=tuple(args.contender),
         accept_lengths=accept_lengths(args.accept_length),
+        accept_lengths_given=tuple(text.partition("=")[0] for text in args.accept_length),
         repeats=args.repeats,
         prompts=str(args.prompts.resolve()) if args.prompts else "",
         batch=args.batch,

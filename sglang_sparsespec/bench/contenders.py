@@ -15,9 +15,22 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.bench.machine import Machine
 
-# the bonus and what the paper (arXiv:2512.01278) saw accepted: 6.16 of 8 drafts, about 1.6 of 4, about 1.1 of 3
-SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6, "eagle3": 2.1}
-ORIGINS = {"window": "MagicDec's StreamingLLM drafts", "pillar": "SparseSpec", "random": "a lower bound"}
+# the bonus and what the paper (arXiv:2512.01278) saw accepted: 6.16 of 8 drafts, about 1.6 of 4
+SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6}
+ORIGINS = {
+    "window": "MagicDec's StreamingLLM drafts",
+    "pillar": "SparseSpec",
+    "quest": "Quest's page bounds",
+    "first-last": "Vegas' capture rule",
+    "random": "a lower bound",
+}
+# on a GPU; the others' rounds run from CUDA graphs with our verify. adapter/worker.py and support.py say why
+EAGER = {"quest": "eager: no CUDA graphs", "first-last": "eager verify by SGLang's backend"}
+NGRAM_GUESSES = 2
+"""Of a draft forward, in TriForce's hierarchy."""
+HOST_MEMORY_GB = 16
+OURS = ("triforce", "adaptive", "host-memory")
+"""Names of contenders below, besides the policies."""
 DEFAULT_SCHEDULE = SparseSpecConfig().schedule
 # those that our own verify serves, with selections made before the drafts (adapter/support.py); `auto` tries it too
 UNIFIED_POLICIES = ("pillar", "window", "random")
@@ -45,15 +58,15 @@ def ngram(machine: Machine, simulated: float) -> tuple[list[Contender], list[Ski
     return [Contender("ngram", "SGLang NGRAM", args, simulated)], []
 
 
-def eagle3(machine: Machine, draft: str | None, simulated: float) -> tuple[list[Contender], list[Skip]]:
-    """The paper's setting for it: three drafts in a chain."""
+def eagle3(machine: Machine, draft: str | None) -> tuple[list[Contender], list[Skip]]:
+    """The paper's setting for it: three drafts in a chain, on the real model."""
     if draft is None:
         return [], [Skip("eagle3", "it needs a trained draft model: --eagle3-draft PATH")]
     if not machine.has_gpu:
         return [], [Skip("eagle3", "SGLang's EAGLE workers use Triton kernels, which need a GPU")]
     args: tuple[str, ...] = ("--speculative-algorithm", "EAGLE3", "--speculative-draft-model-path", draft)
     args += ("--speculative-num-steps", "3", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "4")
-    return [Contender("eagle3", "SGLang EAGLE-3", (*args, "--attention-backend", machine.backends[0]), simulated)], []
+    return [Contender("eagle3", "SGLang EAGLE-3", (*args, "--attention-backend", machine.backends[0]))], []
 
 
 def sparsespec(
@@ -74,10 +87,35 @@ def sparsespec(
             if schedule != DEFAULT_SCHEDULE:
                 args += ("--sparsespec-schedule", schedule)
                 name += f"/{schedule}"
-            args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+            args += _where(machine)
             origin = f" ({ORIGINS[policy]})" if policy in ORIGINS else ""
-            found.append(_ours(name, f"policy {policy}{origin} in our engine, {schedule}", args, simulated))
+            label = f"policy {policy}{origin} in our engine, {schedule}"
+            if machine.has_gpu and policy in EAGER:
+                label += f", {EAGER[policy]}"
+            found.append(_ours(name, label, args, simulated))
     return found
+
+
+def triforce(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
+    """N-gram guesses, checked by the sparse model, checked by the verify."""
+    args = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-ngram-assist", str(NGRAM_GUESSES), *extra)
+    return _ours("triforce", "TriForce's hierarchy in our engine, policy pillar", args + _where(machine), simulated)
+
+
+def adaptive(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
+    """k by the controller; a round may be plain decoding."""
+    args = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *extra)
+    return _ours("adaptive", "policy pillar in our engine, adaptive k", args + _where(machine), simulated)
+
+
+def host_memory(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
+    """Requests that the pool has no room for wait with their KV in host memory."""
+    args = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-host-memory-gb", str(HOST_MEMORY_GB), *extra)
+    return _ours("host-memory", "policy pillar in our engine, host memory for KV", args + _where(machine), simulated)
+
+
+def _where(machine: Machine) -> tuple[str, ...]:
+    return ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
 
 
 def named(machine: Machine, text: str, simulated: float) -> Contender:
@@ -91,8 +129,7 @@ def named(machine: Machine, text: str, simulated: float) -> Contender:
         raise ConfigError(
             "--contender", text, "NAME=OPTIONS", "For instance: --contender 'k4=--speculative-num-steps 4'"
         )
-    args = ("--speculative-algorithm", "SPARSESPEC", *shlex.split(options))
-    args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+    args = ("--speculative-algorithm", "SPARSESPEC", *shlex.split(options), *_where(machine))
     return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
 
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.server import Server
 
 NUM_PROMPTS = 8
-NEW_TOKENS = 48
 LONGEST = 1200
 # nats by which two right answers may differ. bfloat16 logits of this size are 0.125 apart, and both servers round.
 TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
@@ -34,15 +33,15 @@ def gate_prompts(source: PromptSource, target: Target) -> list[list[int]]:
     """Prompts of 16 tokens to LONGEST, or to half the context."""
     longest = min(LONGEST, target.shape.context // 2)
     lengths = [round(16 * (longest / 16) ** (i / (NUM_PROMPTS - 1))) for i in range(NUM_PROMPTS)]
-    prompts = source.prompts(Scene(NUM_PROMPTS, longest, NEW_TOKENS), seed=7)
+    prompts = source.prompts(Scene(NUM_PROMPTS, longest, 1), seed=7)
     return [ids[:length] for ids, length in zip(prompts, lengths, strict=True)]
 
 
-def answers(server: Server, prompts: Sequence[Sequence[int]]) -> list[Any]:
+def answers(server: Server, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Any]:
     """Greedy responses with what a comparison needs: half of the prompts together, then half one by one."""
 
     def one(ids: Sequence[int]) -> Any:
-        sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
         response = server.generate({"input_ids": list(ids), "sampling_params": sampling, **RECORDING})
         return {
             "output_ids": response["output_ids"],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # SGLang's log, every --decode-log-interval iterations; /v1/loads has this number only under --enable-metrics
 DECODE_LINE = re.compile(r"Decode batch.*?#running-req: (\d+),.*?gen throughput \(token/s\): ([\d.]+)")
+WARMUP_PROMPT_TOKENS = 256
 WARMUP_NEW_TOKENS = 24
 """Enough for two rounds of k = 8."""
 
@@ -53,7 +54,7 @@ class PromptSource:
 
 def warm_up(server: Server, source: PromptSource, scene: Scene) -> None:
     """Compile what a scene needs, with its batch and its sampling, on other prompts."""
-    prompts = [ids[: min(len(ids), 256)] for ids in source.prompts(scene, seed=999)][: scene.batch]
+    prompts = [ids[: min(len(ids), WARMUP_PROMPT_TOKENS)] for ids in source.prompts(scene, seed=999)][: scene.batch]
     sampling = {**scene.sampling, "max_new_tokens": WARMUP_NEW_TOKENS, "ignore_eos": True}
     run_requests(server.url, prompts, sampling, concurrency=scene.batch, timeout_s=server.request_timeout_s)
 
@@ -97,7 +98,7 @@ def scheduler_rate(log: str, batch: int) -> float | None:
 
 def summarise(traces: Sequence[window.Trace], loads: Sequence[Load], scene: Scene) -> dict[str, Any]:
     """Everything that follows from the traces of one turn. Milliseconds, tokens, tokens per second."""
-    begin, end = window.steady_state(traces, scene.batch, is_full=scene.ignore_eos)
+    begin, end = window.steady_state(traces, scene.batch, is_full=scene.is_full)
     [whole] = window.slices(traces, begin, end)
     parts = window.slices(traces, begin, end, scene.num_slices)
     per_token, per_chunk = window.gaps(traces, begin, end)

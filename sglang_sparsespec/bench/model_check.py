@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sglang_sparsespec.bench.cost_model import Roofline, Round
     from sglang_sparsespec.bench.summary import Row
 
+ROOFLINE = {"gather_efficiency": 1.0, "gap_ms": 0.0, "capture_share": 0.0}
 MIN_SWEEP = 1.2
 """Largest pool fill over the smallest, for a line through them: repeats of one fill differ by a few tokens."""
 
@@ -44,6 +45,8 @@ class ModelCheck:
     measured_speedup: float | None
     roofline_plain: tuple[float, float] | None
     """(W, A) that the card allows; None for a card that nobody measured."""
+    roofline: Round | None
+    """The least that a round takes on the card: those W and A, and neither gaps, nor scattered reads, nor capture."""
 
     def flags(self) -> list[str]:
         """The terms that are off by more than a fifth, in words."""
@@ -70,6 +73,9 @@ def check_all(rows: Sequence[Row], provenance: dict[str, Any]) -> tuple[list[Mod
     checks, notes = [], []
     for row in rows:
         if "SPARSESPEC" not in row.turns[0]["contender_args"]:
+            continue
+        if row.scene.get("pool_share", 1.0) < 1:
+            notes.append(f"{row.contender} on {row.target}: a pool that is too small is no matter of rounds alone")
             continue
         fit = plain_fit(rows, row.target, row.scene["batch"], row.scene["temperature"])
         if fit is None or min(fit) <= 0:
@@ -120,11 +126,12 @@ def check(row: Row, fit: tuple[float, float], card: Roofline | None, ranks: int 
     measured_fit = sweep_fit(fills, [part["round_ms"] for part in parts])
     model_fit = sweep_fit(fills, [model(fill).total for fill in fills])
     at_pool = model(pool)
-    roofline_plain = None
+    roofline_plain = roofline = None
     if card:
         roofline_plain = cost_model.step_times(
             shape, card.times(ranks), rows=row.scene["batch"], pool_tokens=pool, bytes_per_value=BYTES[turn["dtype"]]
         )
+        roofline = model_round(turn, shape, card, *roofline_plain, pool, ranks, **ROOFLINE)
     return ModelCheck(
         target=row.target,
         contender=row.contender,
@@ -138,6 +145,7 @@ def check(row: Row, fit: tuple[float, float], card: Roofline | None, ranks: int 
         predicted_speedup=cost_model.speedup(accept_length, weights_ms, kv_ms_per_token * pool, at_pool.total),
         measured_speedup=row.ratio,
         roofline_plain=roofline_plain,
+        roofline=roofline,
     )
 
 
@@ -149,7 +157,9 @@ def model_round(
     kv_ms: float,
     pool_tokens: float,
     ranks: int = 1,
+    **assumed: float,
 ) -> Round:
+    """The model of one cell; `assumed` replaces what `cost_model.round_time` assumes."""
     contender = Contender(turn["contender"], turn["label"], tuple(turn["contender_args"]))
     defaults = SparseSpecConfig()
     num_steps = int(contender.option("--speculative-num-steps") or defaults.num_steps)
@@ -175,4 +185,5 @@ def model_round(
         kv_share=cost_model.budget_share(pool_tokens / batch, budget_ratio=ratio, min_budget=min_budget),
         verify_ms=verify_ms,
         extra_ms=extra_ms,
+        **assumed,
     )

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec.bench.cells import BYTES, RESERVE_TOKENS, turn_key
 from sglang_sparsespec.bench.cost_model import Roofline, roofline_of, step_times
-from sglang_sparsespec.bench.gate import LONGEST, NEW_TOKENS, NUM_PROMPTS
+from sglang_sparsespec.bench.gate import LONGEST, NUM_PROMPTS
+from sglang_sparsespec.bench.measure import WARMUP_NEW_TOKENS, WARMUP_PROMPT_TOKENS
 
 if TYPE_CHECKING:
     from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target
@@ -25,6 +26,10 @@ SIMULATION = ("SGLANG_SIMULATE_ACC_LEN", "SGLANG_SIMULATE_ACC_METHOD")
 UNKNOWN_GPU = Roofline(1.5e12, 3e14)
 CPU = Roofline(1e10, 2e10)
 GAP_S = {True: 0.002, False: 0.025}
+SHORT_GATE_TOKENS = 50
+"""Mean of the gate's prompts that are sent alone."""
+COMPILE_S = 3.0
+"""Of a warm-up, beside its load."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Turn:
     pair: str
     repeat: int
     key: str
+    server_args: tuple[str, ...]
+    """That all contenders of the job share."""
 
     def __str__(self) -> str:
         return f"{self.job.target.name}, {self.contender.name}, {self.scene}, repeat {self.repeat + 1}"
@@ -71,7 +78,7 @@ def pool_tokens(job: Job, machine: Machine) -> int:
     """KV tokens of a server. Scenes of fixed lengths get all that they fill; one whose answers end by themselves gets
     what there is, at most."""
     fixed = max((scene.pool_tokens for scene in job.scenes if scene.ignore_eos), default=0)
-    gate_tokens = NUM_PROMPTS * (LONGEST + NEW_TOKENS + RESERVE_TOKENS)
+    gate_tokens = NUM_PROMPTS * (LONGEST + job.gate_tokens + RESERVE_TOKENS)
     open_ended = max((scene.pool_tokens for scene in job.scenes if not scene.ignore_eos), default=0)
     return max(fixed, gate_tokens, min(open_ended, room_tokens(job.target, machine)))
 
@@ -103,7 +110,7 @@ def turns(job: Job, machine: Machine, context: dict[str, Any]) -> list[Turn]:
     def turn(contender: Contender, scene: Scene, pair: str, repeat: int) -> Turn:
         whole = {**context, "server_args": args}
         key = turn_key(job.target, contender, scene, pair=pair, repeat=repeat, context=whole)
-        return Turn(job, contender, scene, pair, repeat, key)
+        return Turn(job, contender, scene, pair, repeat, key, args)
 
     if others and side_by_side(job, machine):
         return [
@@ -161,6 +168,7 @@ def describe(turn: Turn) -> dict[str, Any]:
         "contender": contender.name,
         "label": contender.label,
         "contender_args": list(contender.args),
+        "server_args": list(turn.server_args),
         "is_baseline": contender is turn.job.contenders[0],
         "baseline": turn.job.contenders[0].name,
         "gate_on": turn.job.gate_on,
@@ -178,24 +186,61 @@ def num_starts(job: Job, machine: Machine) -> int:
 
 
 def predicted_turn_s(turn: Turn, machine: Machine) -> float:
-    """A guess within a factor of two, for the dry run and for stopping in time."""
+    """A guess within a factor of two, for the dry run and for stopping in time; likewise all that follow."""
+    scene = turn.scene
+    waves = math.ceil(scene.requests / scene.batch) / min(1.0, scene.pool_share)
+    return predicted_load_s(turn.job.target, machine, scene.batch, scene.prompt_tokens, scene.new_tokens, waves) + 2.0
+
+
+def predicted_load_s(
+    target: Target, machine: Machine, batch: int, prompt_tokens: int, new_tokens: int, waves: float = 1.0
+) -> float:
+    """Seconds for so many waves of a batch, decoded without speculation."""
     roofline = roofline_of(machine.name) or UNKNOWN_GPU
     roofline = roofline.times(machine.tp_size) if machine.has_gpu else CPU
-    scene, shape = turn.scene, turn.job.target.shape
-    waves = math.ceil(scene.requests / scene.batch)
     weights_ms, kv_ms = step_times(
-        shape,
+        target.shape,
         roofline,
-        rows=scene.batch,
-        pool_tokens=scene.batch * (scene.prompt_tokens + scene.new_tokens / 2),
-        bytes_per_value=BYTES[turn.job.target.dtype],
+        rows=batch,
+        pool_tokens=batch * (prompt_tokens + new_tokens / 2),
+        bytes_per_value=BYTES[target.dtype],
     )
-    prefill_s = scene.requests * scene.prompt_tokens * 2 * shape.active_layer_params / roofline.flops
-    return prefill_s + waves * scene.new_tokens * ((weights_ms + kv_ms) / 1e3 + GAP_S[machine.has_gpu]) + 2.0
+    prefill_s = batch * prompt_tokens * 2 * target.shape.active_layer_params / roofline.flops
+    return waves * (prefill_s + new_tokens * ((weights_ms + kv_ms) / 1e3 + GAP_S[machine.has_gpu]))
+
+
+def predicted_gate_s(job: Job, machine: Machine) -> float:
+    """Of one server's answers: half of the prompts one by one, then the long half together."""
+    half = NUM_PROMPTS // 2
+    alone = half * predicted_load_s(job.target, machine, 1, SHORT_GATE_TOKENS, job.gate_tokens)
+    return alone + predicted_load_s(job.target, machine, half, LONGEST // 2, job.gate_tokens)
+
+
+def predicted_warm_up_s(turn: Turn, machine: Machine) -> float:
+    prompt_tokens = min(turn.scene.prompt_tokens, WARMUP_PROMPT_TOKENS)
+    return predicted_load_s(turn.job.target, machine, turn.scene.batch, prompt_tokens, WARMUP_NEW_TOKENS) + COMPILE_S
+
+
+def warm_up_kind(turn: Turn) -> tuple[str, int, bool]:
+    """Turns of one kind need one warm-up of a server."""
+    return turn.contender.name, turn.scene.batch, turn.scene.temperature > 0
+
+
+def predicted_visit_s(pending: list[Turn], machine: Machine) -> float:
+    """Seconds for turns and their warm-ups on servers that are up."""
+    kinds = {warm_up_kind(turn): turn for turn in pending}
+    warm_ups = sum(predicted_warm_up_s(turn, machine) for turn in kinds.values())
+    return warm_ups + sum(predicted_turn_s(turn, machine) for turn in pending)
 
 
 def predicted_s(jobs: tuple[Job, ...], machine: Machine, pending: list[Turn]) -> float:
-    """Seconds for the pending turns with the server starts of the jobs that have any."""
-    busy = [job for job in jobs if any(turn.job is job for turn in pending)]
-    starts = sum(num_starts(job, machine) for job in busy)
-    return starts * START_S[machine.has_gpu] + sum(predicted_turn_s(turn, machine) for turn in pending)
+    """Seconds for the pending turns, with the server starts and gates of the jobs that have any."""
+    seconds = 0.0
+    for job in jobs:
+        own = [turn for turn in pending if turn.job is job]
+        if not own:
+            continue
+        gates = sum(needs_gate(job, contender) for contender in job.contenders)
+        seconds += num_starts(job, machine) * START_S[machine.has_gpu] + predicted_visit_s(own, machine)
+        seconds += (gates + bool(gates)) * predicted_gate_s(job, machine)
+    return seconds

@@ -30,12 +30,7 @@ def draw(records: Sequence[Record], folder: Path) -> list[str]:
 
     A plot without two points on an axis, or without a speed-up that the parity gate allows, is left out.
     """
-    import matplotlib as mpl
-
-    # no display
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     kept, _ = current(records)
     found = rows(kept)
     checks, _notes = check_all(found, kept[-1]["provenance"] if kept else {"machine": ""})
@@ -54,15 +49,28 @@ def draw(records: Sequence[Record], folder: Path) -> list[str]:
     return drawn
 
 
+def _pyplot() -> Any:
+    """Without a display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _lines_by(pyplot: Any, found: Sequence[Row], axis: str, fixed: str) -> Iterable[tuple[str, Any]]:
     """Throughput over `axis`, one figure per target and value of `fixed`, one line per contender and temperature."""
     for target in dict.fromkeys(row.target for row in found):
         for value in sorted({row.scene[fixed] for row in found if row.target == target}):
             lines: dict[str, dict[int, float]] = {}
-            for row in found:
-                if row.target == target and row.scene[fixed] == value:
-                    name = f"{row.label}, {_temperature(row)}"
-                    lines.setdefault(name, {})[row.scene[axis]] = row.tokens_per_s
+            members = [row for row in found if row.target == target and row.scene[fixed] == value]
+            for row in members:
+                # answers of another length, or another server's pool, are another line
+                name = f"{row.label}, {row.scene['new_tokens']} new, {_temperature(row)}"
+                if len({member.server for member in members}) > 1:
+                    name += f", {row.server}"
+                lines.setdefault(name, {})[row.scene[axis]] = row.tokens_per_s
             lines = {name: points for name, points in lines.items() if len(points) > 1}
             if not lines:
                 continue
@@ -105,7 +113,12 @@ def _speedups(pyplot: Any, found: Sequence[Row]) -> Iterable[tuple[str, Any]]:
 def speedup_by_fill(row: Row, found: Sequence[Row]) -> list[tuple[float, float]]:
     """(pool tokens, speed-up): one point for a cell with one fill, else one per slice at the fill of the slice."""
     baseline = next(
-        (other for other in found if other.is_baseline and (other.target, other.scene) == (row.target, row.scene)), None
+        (
+            other
+            for other in found
+            if other.is_baseline and (other.target, other.scene, other.server) == (row.target, row.scene, row.server)
+        ),
+        None,
     )
     if baseline is None or row.ratio is None:
         return []
@@ -141,17 +154,21 @@ def _interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def _rounds(pyplot: Any, checks: Sequence[ModelCheck]) -> Iterable[tuple[str, Any]]:
-    """Two bars per cell: the model's terms, stacked, and the measured round (in two parts where a sweep gives them)."""
+    """Bars per cell: what the card allows, and the model, stacked by term, and the measured round (in two parts where a
+    sweep gives them)."""
     for target in dict.fromkeys(check.target for check in checks):
         cells = [check for check in checks if check.target == target]
-        figure, axes = pyplot.subplots(figsize=(max(WIDTH, 1.6 * len(cells)), HEIGHT))
-        bottoms = [0.0] * len(cells)
+        figure, axes = pyplot.subplots(figsize=(max(WIDTH, 1.9 * len(cells)), HEIGHT))
+        bars = [(3.5 * i, check.roofline) for i, check in enumerate(cells) if check.roofline is not None]
+        has_roofline = bool(bars)
+        bars += [(3.5 * i + 1, check.model) for i, check in enumerate(cells)]
+        bottoms = [0.0] * len(bars)
         for term in cells[0].model.terms():
-            heights = [check.model.terms()[term] for check in cells]
-            axes.bar([2.5 * i for i in range(len(cells))], heights, bottom=bottoms, label=f"model: {term}", width=0.9)
+            heights = [found.terms()[term] for _, found in bars]
+            axes.bar([place for place, _ in bars], heights, bottom=bottoms, label=term.replace("_", " "), width=0.9)
             bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
         parts = [check.measured_terms or (check.measured, 0.0) for check in cells]
-        places = [2.5 * i + 1 for i in range(len(cells))]
+        places = [3.5 * i + 2 for i in range(len(cells))]
         axes.bar(places, [part[0] for part in parts], label="measured (fixed part)", color="dimgrey", width=0.9)
         axes.bar(
             places,
@@ -161,13 +178,14 @@ def _rounds(pyplot: Any, checks: Sequence[ModelCheck]) -> Iterable[tuple[str, An
             color="lightgrey",
             width=0.9,
         )
-        axes.set_xticks([2.5 * i + 0.5 for i in range(len(cells))])
+        axes.set_xticks([3.5 * i + 1 for i in range(len(cells))])
         axes.set_xticklabels(
             [f"{c.contender}\n{scene_title(c.scene).replace(', ', chr(10))}" for c in cells], fontsize=6
         )
         axes.set_ylabel("ms per round")
-        axes.set_title(f"{target}: one round, model and measurement")
-        axes.legend(fontsize=6)
+        order = "roofline, model, measured" if has_roofline else "model, measured; no roofline of this machine is known"
+        axes.set_title(f"{target}: one round by term ({order})", fontsize=9)
+        axes.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         yield f"round-{_slug(target)}.png", figure
 
 

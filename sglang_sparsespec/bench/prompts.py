@@ -1,29 +1,30 @@
-"""Prompts as token ids: real text that comes with Python, a JSONL file of the user's, or random ids.
+"""Prompts as token ids: real text from Python and this package, a JSONL file of the user's, or random ids.
 
 No download. Real text matters for every measurement of acceptance; random ids do for random weights.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from typing import TYPE_CHECKING
 
-from sglang_sparsespec.errors import ConfigError
-from sglang_sparsespec.model_tools.texts import builtin_texts
+from sglang_sparsespec.model_tools.texts import builtin_texts, own_sources, read_jsonl
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
 
-PROMPT_FIELDS = ("prompt", "text", "question", "problem")
+OWN_PLACE = 2
 
 
 def token_prompts(tokenizer: PreTrainedTokenizerBase, lengths: list[int], seed: int = 0) -> list[list[int]]:
     """One prompt of each length, in tokens: code and prose in turn, each from a place of its own."""
     rng = random.Random(seed)
-    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in builtin_texts()]
+    texts = builtin_texts()
+    # early, for a small batch has the first few alone
+    texts.insert(OWN_PLACE, own_sources())
+    encoded = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
     prompts = []
     for i, length in enumerate(lengths):
         # a text shorter than the prompt goes on with the next one
@@ -41,42 +42,10 @@ def random_prompts(vocab_size: int, lengths: list[int], seed: int = 0) -> list[l
     return [rng.choices(range(vocab_size), k=length) for length in lengths]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a JSONL file: strings, or objects with one of `PROMPT_FIELDS`, or with chat `messages`.
-
-    Raises:
-        ConfigError: for a file without prompts, and for a line that is none of these.
-    """
-    prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if isinstance(value, dict):
-            if isinstance(value.get("messages"), list):
-                value = "\n\n".join(str(message.get("content", "")) for message in value["messages"])
-            else:
-                value = next((value[field] for field in PROMPT_FIELDS if field in value), None)
-        if not isinstance(value, str) or not value:
-            raise ConfigError(
-                f"line {number} of {path}",
-                line[:80],
-                f"a JSON string, or an object with one of {', '.join(PROMPT_FIELDS)}, or with messages",
-                "Write one prompt per line.",
-            )
-        prompts.append(value)
-    if not prompts:
-        raise ConfigError("--prompts", str(path), "a JSONL file with at least one prompt", "The file has none.")
-    return prompts
-
-
 def file_prompts(tokenizer: PreTrainedTokenizerBase, path: Path, count: int) -> list[list[int]]:
     """`count` prompts of a JSONL file in order, from its beginning again when it is too short; chat models get their
     template."""
-    prompts = read_prompts(path)
+    prompts = read_jsonl(path)
     encoded: list[list[int]] = []
     for text in prompts[:count]:
         if tokenizer.chat_template:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import subprocess
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMIT_VARIABLE = "SPARSESPEC_COMMIT"
 COMMIT_FILE = "COMMIT"
 PACKAGE = "sglang_sparsespec"
+SOURCES = (".py", ".cu", ".cuh")
 PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "transformers", "sglang-sparsespec")
 
 
@@ -31,6 +33,7 @@ def provenance(*, use_gpu: bool = True) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
+        "sources": sources_digest(),
         "command": command(sys.argv),
     }
 
@@ -71,6 +74,25 @@ def commit(root: Path = ROOT) -> str:
         return (root / COMMIT_FILE).read_text().strip() or "unknown"
     except OSError:
         return "unknown"
+
+
+def sources_digest(package: Path = ROOT / PACKAGE) -> str:
+    """Sixteen hex digits of the code that runs.
+
+    A commit does not tell two edits of one checkout apart, nor two copies without any.
+    """
+    folders = [package]
+    if not (package / "patches").is_dir():
+        # a checkout: see the package's __init__
+        folders += [package.parent / "patches", package.parent / "kernels"]
+    found = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in SOURCES:
+                content = path.read_bytes()
+                found.update(f"{path.relative_to(package.parent)} {len(content)}\n".encode())
+                found.update(content)
+    return found.hexdigest()[:16]
 
 
 def cpu_name() -> str:

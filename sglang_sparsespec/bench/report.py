@@ -57,7 +57,7 @@ def markdown(records: Sequence[Record], more_skips: Iterable[Skip] = (), plots: 
     busiest = max((turn["result"].get("load_before") or 0.0 for row in found for turn in row.turns), default=0.0)
     if busiest > QUIET_LOAD:
         lines += [f"**The machine was not quiet**: up to {busiest:.1f} processes per core wanted to run.", ""]
-    lines += [*_gates(kept), "", *_tables(found)]
+    lines += [*_gates(kept), "", *_tables(found), *_losses(found)]
     checks, notes = check_all(found, kept[-1]["provenance"])
     lines += [*_model(checks, notes), *_traces(kept), *_failures(kept)]
     skips = [Skip(record["what"], record["reason"]) for record in kept if record["record"] == "skip"]
@@ -106,18 +106,23 @@ def scene_title(scene: dict[str, Any]) -> str:
     if temperature and (scene["top_p"], scene["top_k"]) != (1.0, -1):
         sampling += f", top-p {scene['top_p']:g}, top-k {scene['top_k']}"
     at_most = "" if scene["ignore_eos"] else "at most "
-    return f"batch {scene['batch']}, {scene['prompt_tokens']} prompt + {at_most}{scene['new_tokens']} new, {sampling}"
+    # written by versions that had full pools alone
+    share = scene.get("pool_share", 1.0)
+    pool = "" if share >= 1 else f", pool for {share:.0%} of it"
+    tokens = f"{scene['prompt_tokens']} prompt + {at_most}{scene['new_tokens']} new"
+    return f"batch {scene['batch']}, {tokens}, {sampling}{pool}"
 
 
 def _tables(found: Sequence[Row]) -> list[str]:
     lines = []
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in found:
-        groups.setdefault((row.target, scene_title(row.scene)), []).append(row)
-    for (target, title), members in groups.items():
+        groups.setdefault((row.target, scene_title(row.scene), row.server), []).append(row)
+    for (target, title, server), members in groups.items():
         simulated = {row.acceptance for row in members} - {"", "real"}
         note = "Acceptance **simulated**, random weights" if simulated else "Acceptance as the model gives it"
-        lines += [f"## {target}: {title}", "", f"{note}.", ""]
+        where = f" Server: {server}." if server else ""
+        lines += [f"## {target}: {title}", "", f"{note}.{where}", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         lines += ["| " + " | ".join(_cells(row)) + " |" for row in members]
         refused = [row for row in members if row.refusal]
@@ -131,6 +136,37 @@ def _tables(found: Sequence[Row]) -> list[str]:
         if refused or limited:
             lines.append("")
     return lines
+
+
+def _losses(found: Sequence[Row]) -> list[str]:
+    """Speculation that is slower than plain decoding, and ours where a rival is faster."""
+    lines = ["## Where speculation loses", ""]
+    given = [row for row in found if row.acceptance and row.ratio is not None]
+    if not given:
+        return [*lines, "No speed-up is given above, so nothing can be said.", ""]
+    lost = []
+    for row in given:
+        rivals = [
+            other
+            for other in found
+            if (other.target, other.scene, other.server) == (row.target, row.scene, row.server)
+            and other.ratio is not None
+            and not is_ours(other)
+        ]
+        best = max(rivals, key=lambda other: other.ratio or 0.0, default=None)
+        assert row.ratio is not None
+        words = [f"{row.ratio:.2f} times the baseline"] if row.ratio < 1 else []
+        if is_ours(row) and best is not None and not best.is_baseline and row.ratio < (best.ratio or 0.0):
+            words.append(f"{row.ratio:.2f} where {best.label} has {best.ratio:.2f}")
+        if words:
+            lost.append(f"* {row.target}, {scene_title(row.scene)}: {row.label}: {', and '.join(words)}")
+    if not lost:
+        return [*lines, "Nowhere on this page: no ratio is below 1, and no rival is ahead of ours.", ""]
+    return [*lines, f"{len(lost)} of {len(given)} cells:", "", *lost, ""]
+
+
+def is_ours(row: Row) -> bool:
+    return "SPARSESPEC" in row.turns[0]["contender_args"]
 
 
 def _cells(row: Row) -> list[str]:

@@ -22,9 +22,14 @@ from sglang_sparsespec.bench.planner import (
     environment,
     is_simulated,
     needs_gate,
+    predicted_gate_s,
+    predicted_load_s,
     predicted_turn_s,
+    predicted_visit_s,
+    predicted_warm_up_s,
     side_by_side,
     turns,
+    warm_up_kind,
 )
 from sglang_sparsespec.bench.records import append_record
 from sglang_sparsespec.bench.server import Server, ServerError
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from sglang_sparsespec.bench.cells import Contender, Job, Skip
+    from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip
     from sglang_sparsespec.bench.machine import Machine
     from sglang_sparsespec.bench.planner import Turn
     from sglang_sparsespec.bench.records import Record
@@ -43,6 +48,8 @@ START_TIMEOUT_S = 900
 DONE = ("turn", "gate", "trace", "skip")
 """Kinds of records that are not made again; a failure is."""
 REQUEST_TIMEOUT_S = 7200
+GRACE_S = 60.0
+"""What a step that runs over may take past the end of a call, before it is cut off and comes again at the next one."""
 PROFILED_BATCH = 64
 """Requests of a scene that is traced, at least."""
 
@@ -58,7 +65,8 @@ class Runner:
         records: what is on file already.
         context: what decides numbers besides the cells themselves: machine, versions, commit.
         profile: trace rounds of each SPARSESPEC server that is started, where there is a GPU.
-        max_s: stop before a step that would probably end later than this; the first step is always taken.
+        max_s: stop before a step that would probably end later than this, once there is something that the next call
+            need not repeat. A step that takes far longer than predicted is cut off GRACE_S later.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class Runner:
         self._provenance = provenance
         self._context = context
         self._profiles = profile and machine.has_gpu
+        self._max_s = max_s
         self._deadline = None if max_s is None else time.monotonic() + max_s
         self._has_begun = False
         self._finished = {record["key"] for record in records if record["record"] in DONE}
@@ -123,23 +132,27 @@ class Runner:
         """The baseline stays up; the others come one at a time and take turns with it."""
         baseline, *others = job.contenders
         source = PromptSource(job.target)
-        if not any(
-            self._wants_server(job, other, pair=other.name) or self._gate_is_open(job, other) for other in others
-        ):
+        if not any(self._wants_beside(job, other) for other in others):
             return
         try:
-            with self._server(job, baseline) as reference:
+            first = next(other for other in others if self._wants_beside(job, other))
+            # a baseline without anybody beside it is a start for nothing
+            with self._server(job, baseline, work_s=self._paired_s(job, first)) as reference:
                 self._keep_reference(job, reference, source)
                 for other in others:
+                    # without it nothing that follows can be compared
+                    reference.check_alive("between contenders")
                     self._gate_apart(job, other, source)
                     if not self._wants_server(job, other, pair=other.name):
                         continue
-                    with self._failing(job, other.name), self._server(job, other) as server:
+                    work_s = self._paired_s(job, other) - self._start_s
+                    with self._failing(job, other.name), self._server(job, other, work_s=work_s) as server:
                         self._gate(job, other, server, source)
                         servers = {baseline.name: reference, other.name: server}
                         self._take(job, servers, source, pair=other.name)
                         self._profile(job, other, server, source)
         except ServerError as error:
+            self._stop_if_over(error)
             self._record_failures(job, error, pair=None)
 
     def _run_alternating(self, job: Job) -> None:
@@ -151,9 +164,11 @@ class Runner:
                 self._gate_apart(job, contender, source)
                 if not self._wants_server(job, contender, contender=contender, repeat=repeat):
                     continue
+                left = self._open_turns(job, contender=contender, repeat=repeat)
+                work_s = predicted_visit_s(left, self._machine) + self._gate_s(job, contender)
                 with (
                     self._failing(job, None, contender=contender, repeat=repeat),
-                    self._server(job, contender) as server,
+                    self._server(job, contender, work_s=work_s) as server,
                 ):
                     if is_baseline:
                         self._keep_reference(job, server, source)
@@ -169,22 +184,40 @@ class Runner:
         ]
 
     def _wants_server(self, job: Job, member: Contender, **wanted: Any) -> bool:
-        """Whether something is left for which a contender has to be up: turns, its gate, or the gate's reference."""
+        """Whether something is left for which a contender has to be up: turns, gate, reference, trace."""
         gates_here = self._gate_is_open(job, member) and not is_simulated(job.target, member)
         answers = member is job.contenders[0] and self._lacks_reference(job)
-        return gates_here or answers or bool(self._open_turns(job, **wanted))
+        return gates_here or answers or bool(self._open_turns(job, **wanted) or self._open_traces(job, member))
+
+    def _wants_beside(self, job: Job, other: Contender) -> bool:
+        return self._wants_server(job, other, pair=other.name) or self._gate_is_open(job, other)
+
+    @property
+    def _start_s(self) -> float:
+        return START_S[self._machine.has_gpu]
+
+    def _gate_s(self, job: Job, contender: Contender) -> float:
+        """Predicted, for what is left of it."""
+        is_left = self._gate_is_open(job, contender) or (contender is job.contenders[0] and self._lacks_reference(job))
+        return predicted_gate_s(job, self._machine) if is_left else 0.0
+
+    def _paired_s(self, job: Job, other: Contender) -> float:
+        """Predicted, for starting a contender beside the baseline and all that is left of the pair."""
+        gates_s = self._gate_s(job, job.contenders[0]) + self._gate_s(job, other)
+        left = self._open_turns(job, pair=other.name)
+        return self._start_s + gates_s + predicted_visit_s(left, self._machine)
 
     def _take(self, job: Job, servers: dict[str, Server], source: PromptSource, **wanted: Any) -> None:
         """Every open turn that these servers can serve."""
-        warm: set[tuple[str, int, float]] = set()
+        warm: set[tuple[str, int, bool]] = set()
         for turn in self._open_turns(job, **wanted):
             if turn.contender.name not in servers:
                 continue
             server = servers[turn.contender.name]
-            self._spend(predicted_turn_s(turn, self._machine))
+            scene, kind = turn.scene, warm_up_kind(turn)
+            warm_up_s = 0.0 if kind in warm else predicted_warm_up_s(turn, self._machine)
+            self._spend(warm_up_s + predicted_turn_s(turn, self._machine), *servers.values())
             self._bar.set_postfix_str(str(turn))
-            scene = turn.scene
-            kind = (turn.contender.name, scene.batch, scene.temperature)
             if kind not in warm:
                 warm_up(server, source, scene)
                 warm.add(kind)
@@ -206,17 +239,16 @@ class Runner:
 
     def _profile(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
         """Trace the first scene of each large batch, greedy and sampled."""
-        if not self._profiles or contender.is_plain:
-            return
-        traced = {(scene.batch, scene.temperature): scene for scene in reversed(job.scenes)}
-        for scene in traced.values():
-            key = digest("trace", job.target.identity, contender, scene, self._context)
-            if scene.batch < PROFILED_BATCH or key in self._finished:
-                continue
+        for key, scene in self._open_traces(job, contender).items():
+            load_s = predicted_load_s(
+                job.target, self._machine, scene.batch, scene.prompt_tokens + scene.new_tokens, trace.NEW_TOKENS
+            )
+            self._spend(load_s + trace.WRITE_S, server)
             self._bar.set_postfix_str(f"tracing {contender.name} on {job.target.name}, {scene}")
             try:
                 path = trace.record(server, source, scene, self._out / "traces")
             except ServerError as error:
+                self._stop_if_over(error)
                 tqdm.write(f"failed: {error}")
                 continue
             self._record(
@@ -232,31 +264,73 @@ class Runner:
                 }
             )
 
+    def _open_traces(self, job: Job, contender: Contender) -> dict[str, Scene]:
+        """By key."""
+        if not self._profiles or contender.is_plain:
+            return {}
+        firsts = {(scene.batch, scene.temperature): scene for scene in reversed(job.scenes)}
+        wanted = {
+            digest("trace", job.target.identity, contender, scene, self._context): scene
+            for scene in firsts.values()
+            if scene.batch >= PROFILED_BATCH
+        }
+        return {key: scene for key, scene in wanted.items() if key not in self._finished}
+
     # servers and time
 
     @contextlib.contextmanager
-    def _server(self, job: Job, contender: Contender, *, simulate: bool = True) -> Iterator[Server]:
-        self._spend(START_S[self._machine.has_gpu])
+    def _server(
+        self, job: Job, contender: Contender, *, simulate: bool = True, work_s: float = 0.0
+    ) -> Iterator[Server]:
+        """A server for work that takes about `work_s`, which would be left half done if it did not fit any more."""
+        self._spend_on_start(self._start_s + work_s)
         self._bar.set_postfix_str(f"starting {contender.name} on {job.target.name}")
         args = (*common_args(job, self._machine), *contender.args)
         env = environment(job.target, contender, self._machine, simulate=simulate)
         with Server(
-            job.target.path, *args, env=env, timeout_s=START_TIMEOUT_S, request_timeout_s=REQUEST_TIMEOUT_S
+            job.target.path,
+            *args,
+            env=env,
+            timeout_s=self._at_most(START_TIMEOUT_S),
+            request_timeout_s=self._at_most(REQUEST_TIMEOUT_S),
         ) as server:
             yield server
 
-    def _spend(self, seconds: float) -> None:
+    def _spend_on_start(self, seconds: float) -> None:
+        """What no call can hold whole is begun all the same, at the beginning of one."""
+        if self._max_s is not None and self._has_begun and seconds > self._max_s - 2 * self._start_s:
+            seconds = self._start_s
+        self._spend(seconds)
+
+    def _spend(self, seconds: float, *servers: Server) -> None:
+        """Before a step of about so many seconds, on these servers."""
         if self._deadline is not None and self._has_begun and time.monotonic() + seconds > self._deadline:
             raise OutOfTimeError
-        self._has_begun = True
+        for server in servers:
+            server.request_timeout_s = self._at_most(REQUEST_TIMEOUT_S)
+
+    def _at_most(self, seconds: float) -> float:
+        """A timeout that ends with the call."""
+        if self._deadline is None:
+            return seconds
+        return min(seconds, max(0.0, self._deadline - time.monotonic()) + GRACE_S)
+
+    def _stop_if_over(self, error: ServerError) -> None:
+        """A step that the end of the call cut off is no failure."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            raise OutOfTimeError from error
 
     # the gate
 
     def _gate_key(self, job: Job, contender: Contender) -> str:
-        return digest("gate", job.target.identity, contender, common_args(job, self._machine), self._context)
+        return digest(
+            "gate", job.gate_tokens, job.target.identity, contender, common_args(job, self._machine), self._context
+        )
 
     def _reference_path(self, job: Job) -> Path:
-        name = digest(job.target.identity, job.contenders[0], common_args(job, self._machine), self._context)
+        name = digest(
+            job.gate_tokens, job.target.identity, job.contenders[0], common_args(job, self._machine), self._context
+        )
         return self._out / "gate" / f"{name}.json"
 
     def _lacks_reference(self, job: Job) -> bool:
@@ -265,13 +339,19 @@ class Runner:
 
     def _keep_reference(self, job: Job, server: Server, source: PromptSource) -> None:
         if self._lacks_reference(job):
-            answers = gate.answers(server, gate.gate_prompts(source, job.target))
+            self._spend(predicted_gate_s(job, self._machine), server)
+            answers = gate.answers(server, gate.gate_prompts(source, job.target), job.gate_tokens)
             gate.save_reference(self._reference_path(job), answers)
+            self._has_begun = True
 
     def _gate_apart(self, job: Job, contender: Contender, source: PromptSource) -> None:
         """Where acceptance is simulated, a server of the gate's own, without simulation."""
         if is_simulated(job.target, contender) and self._gate_is_open(job, contender):
-            with self._failing(job, None, contender=contender), self._server(job, contender, simulate=False) as server:
+            work_s = predicted_gate_s(job, self._machine)
+            with (
+                self._failing(job, None, contender=contender),
+                self._server(job, contender, simulate=False, work_s=work_s) as server,
+            ):
                 self._compare(job, contender, server, source)
 
     def _gate(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
@@ -285,7 +365,8 @@ class Runner:
         reference = gate.load_reference(self._reference_path(job))
         if reference is None:
             raise ServerError("the baseline did not answer, so there is nothing to compare with")
-        outputs = gate.answers(server, gate.gate_prompts(source, job.target))
+        self._spend(predicted_gate_s(job, self._machine), server)
+        outputs = gate.answers(server, gate.gate_prompts(source, job.target), job.gate_tokens)
         verdict = gate.judge(reference, outputs, job.target.dtype)
         self._record(
             {
@@ -306,6 +387,7 @@ class Runner:
     def _record(self, record: Record) -> None:
         whole = {**record, "set": self._set_name, "context": digest(self._context), "provenance": self._provenance}
         append_record(self._out / "results.jsonl", whole)
+        self._has_begun |= record["record"] != "skip"
         if record["record"] in DONE:
             self._finished.add(record["key"])
 
@@ -319,6 +401,7 @@ class Runner:
         try:
             yield
         except ServerError as error:
+            self._stop_if_over(error)
             self._record_failures(job, error, pair=pair, **wanted)
 
     def _record_failures(self, job: Job, error: ServerError, *, pair: str | None, **wanted: Any) -> None:

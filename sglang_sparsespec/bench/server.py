@@ -197,21 +197,29 @@ class Server:
         if self._process is not None and self._process.poll() is not None:
             raise ServerError(f"the server died {when}, exit code {self._process.returncode}\n{self.describe()}")
 
-    def post(self, path: str, payload: Mapping[str, Any], **kwargs: Any) -> requests.Response:
-        """The raw response, for tests of refusals."""
+    def request(self, method: str, path: str, **kwargs: Any) -> requests.Response:
+        """The raw response.
+
+        Raises:
+            ServerError: if there is none: the server is dead, hung, or broke off.
+        """
         kwargs.setdefault("timeout", self.request_timeout_s)
         try:
-            return requests.post(self.url + path, json=payload, **kwargs)
-        except requests.ConnectionError:
-            # the launcher ends a moment after the scheduler that failed
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                if self._process is not None:
+            return requests.request(method, self.url + path, **kwargs)
+        except requests.RequestException as error:
+            if isinstance(error, requests.ConnectionError) and self._process is not None:
+                # the launcher ends a moment after the scheduler that failed
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(timeout=10)
             self.check_alive(f"during {path}")
-            raise
+            raise ServerError(f"no answer from {path}: {error!r}\n{self.describe()}") from error
+
+    def post(self, path: str, payload: Mapping[str, Any], **kwargs: Any) -> requests.Response:
+        """The raw response, for tests of refusals."""
+        return self.request("POST", path, json=payload, **kwargs)
 
     def get(self, path: str) -> Any:
-        return self._json(requests.get(self.url + path, timeout=self.request_timeout_s))
+        return self._json(self.request("GET", path))
 
     def generate(self, payload: Mapping[str, Any]) -> Any:
         """POST /generate: a dict, or a list of dicts for a batch."""
@@ -228,12 +236,16 @@ class Server:
         with self.post(path, {**payload, "stream": True}, stream=True) as response:
             if response.status_code != 200:
                 self._json(response)
-            for line in response.iter_lines():
-                if line.startswith(b"data: ") and line != b"data: [DONE]":
-                    yield json.loads(line[len(b"data: ") :])
+            try:
+                for line in response.iter_lines():
+                    if line.startswith(b"data: ") and line != b"data: [DONE]":
+                        yield json.loads(line[len(b"data: ") :])
+            except requests.RequestException as error:
+                self.check_alive(f"during {path}")
+                raise ServerError(f"the stream of {path} broke off: {error!r}") from error
 
     def flush_cache(self) -> None:
-        response = requests.post(self.url + "/flush_cache", timeout=self.request_timeout_s)
+        response = self.request("POST", "/flush_cache")
         if response.status_code != 200:
             raise ServerError(f"/flush_cache answered {response.status_code}: {response.text[:500]}")
 
@@ -262,7 +274,7 @@ class Server:
             time.sleep(0.2)
         time.sleep(1.0)  # one idle pass of the scheduler at least
         self.check_alive("when idle")
-        if requests.get(self.url + "/health", timeout=self.request_timeout_s).status_code != 200:
+        if self.request("GET", "/health").status_code != 200:
             raise ServerError(f"unhealthy when idle\n{self.describe()}")
 
     def log_text(self) -> str:

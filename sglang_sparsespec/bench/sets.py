@@ -27,6 +27,19 @@ LARGE_FILL_TOKENS = {"qwen3-30b-a3b": 500_000}
 """The same where there are LARGE_MEMORY bytes, of shapes whose weights leave little of 80 GB: 98 KB a token."""
 LARGE_MEMORY = 120 << 30
 MIN_PROMPT_TOKENS = 16
+CPU_MIN_BUDGET = ("--sparsespec-min-budget", "64")
+"""Of set cpu-table: its contexts are short, and the default floor would be a quarter of them."""
+CPU_GATE_TOKENS = 16
+"""Minutes matter there, and in float32 a wrong token shows at once."""
+SMALL_POOL = Scene(128, 512, 2048, temperature=SAMPLED, num_requests=384, pool_share=0.4)
+"""A pool that holds 40 % of what its requests need in the end, as in scripts/bench/offload.py."""
+DEFAULT_SHAPES = {
+    "core": ("qwen3-1.7b",),
+    "gpu-table": ("qwen3-1.7b", "qwen3-8b"),
+    "schedules": ("qwen3-1.7b", "qwen3-8b"),
+    "full": ("qwen3-1.7b", "qwen3-8b", "qwen3-14b"),
+}
+"""Shapes of the sets that have any, unless the user names others; 30B-A3B has 61 GB of weights."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class Request:
     no_model: str = "there is no real model here: ./scripts/quickstart.sh makes one, or --model PATH names one"
     """Why `model` is None, if it is."""
     shapes: tuple[Target, ...] = ()
+    shapes_given: tuple[str, ...] = ()
+    """Names of those that the user asked for."""
     tiny: Target | None = None
     eagle3_draft: str | None = None
     spec_args: tuple[str, ...] = ()
@@ -45,6 +60,8 @@ class Request:
     named: tuple[str, ...] = ()
     """Contenders of the user's, NAME=OPTIONS."""
     accept_lengths: dict[str, float] = field(default_factory=lambda: dict(who.SIMULATED_ACCEPT_LENGTHS))
+    accept_lengths_given: tuple[str, ...] = ()
+    """Whose simulated acceptance the user set."""
     repeats: int = 2
     prompts: str = ""
     batch: int | None = None
@@ -76,7 +93,10 @@ def smoke(machine: Machine, request: Request) -> Plan:
 
 
 def core(machine: Machine, request: Request) -> Plan:
-    """One H100, at most 12 server starts: every rival on a real model, and ours against plain on the 1.7B shape."""
+    """One H100, at most 12 server starts: every rival on a real model, and ours against plain on the 1.7B shape.
+
+    Twelve in one call. Each further call of --max-minutes starts the baseline of the real model once more.
+    """
     if not machine.has_gpu:
         return _needs_gpu("core")
     jobs, skips = [], []
@@ -84,6 +104,7 @@ def core(machine: Machine, request: Request) -> Plan:
         skips.append(Skip("real model", request.no_model))
     else:
         members, missing = _rivals(machine, request, ("pillar", "window"), real=True)
+        members += (_made(who.triforce, machine, request),)
         skips += missing
         scenes = (Scene(128, 2048, 256), Scene(128, 4096, 256), Scene(128, 4096, 256, temperature=SAMPLED))
         jobs.append(_job(request, request.model, members, scenes))
@@ -107,8 +128,6 @@ def gpu_table(machine: Machine, request: Request) -> Plan:
         scenes = tuple(Scene(128, n, 768, temperature=t) for n in lengths for t in (GREEDY, SAMPLED))
         jobs.append(_job(request, request.model, _pair(machine, request), scenes))
     for target in request.shapes:
-        if target.name == "qwen3-14b":
-            continue
         half = fill_tokens(target.name, machine) // 2
         scenes = (
             growing(target.name, machine, prompt_tokens=half // 128),
@@ -144,8 +163,6 @@ def schedules(machine: Machine, request: Request) -> Plan:
         scenes = tuple(Scene(batch, 2048, SCHEDULE_TOKENS) for batch in SCHEDULE_BATCHES)
         jobs.append(_job(request, request.model, members, scenes))
     for target in request.shapes:
-        if target.name == "qwen3-14b":
-            continue
         scenes = tuple(
             scene
             for batch in SCHEDULE_BATCHES
@@ -155,8 +172,18 @@ def schedules(machine: Machine, request: Request) -> Plan:
     return _fitting(machine, jobs, skips)
 
 
+def cpu_table(machine: Machine, request: Request) -> Plan:
+    """What the papers compare, on a CPU with real acceptance: plain, MagicDec, TriForce, Quest, Vegas and ours."""
+    if request.model is None:
+        return Plan((), (Skip("real model", request.no_model),))
+    members, skips = _rivals(machine, request, ("pillar", "window", "quest", "first-last"), real=True)
+    members += (_made(who.triforce, machine, request),)
+    job = dataclasses.replace(_job(request, request.model, members, (Scene(2, 512, 64),)), gate_tokens=CPU_GATE_TOKENS)
+    return _fitting(machine, [job], skips)
+
+
 def full(machine: Machine, request: Request) -> Plan:
-    """The cross of everything; hours."""
+    """The cross of everything, adaptive k, answers of several lengths and host memory for KV among it; hours."""
     if not machine.has_gpu:
         return _needs_gpu("full")
     jobs, skips = [], []
@@ -165,13 +192,16 @@ def full(machine: Machine, request: Request) -> Plan:
         skips.append(Skip("real model", request.no_model))
     else:
         skips += missing
-        scenes = tuple(
+        members += (_made(who.triforce, machine, request), _made(who.adaptive, machine, request))
+        contexts = tuple(
             Scene(batch, length, 256, temperature=temperature)
             for batch in (1, 8, 32, 128)
             for length in (1024, 4096, 7680)
             for temperature in (GREEDY, SAMPLED)
         )
-        jobs.append(_job(request, request.model, members, scenes))
+        outputs = tuple(Scene(batch, 1024, length) for batch in (32, 128) for length in (1024, 4096))
+        jobs.append(_job(request, request.model, members, contexts + outputs))
+        jobs.append(_job(request, request.model, _offload_members(machine, request), (SMALL_POOL,)))
     members, missing = _rivals(machine, request, ("pillar",), real=False, schedules=SCHEDULES)
     skips += [skip for skip in missing if skip not in skips]
     for target in request.shapes:
@@ -206,9 +236,12 @@ def workload(name: str, machine: Machine, request: Request) -> Plan:
     return _fitting(machine, [_job(request, request.model, members, (scene,))], skips)
 
 
+CPU_SETS = ("smoke", "cpu-table")
+"""Sets that leave a GPU out of account."""
 SETS: dict[str, Callable[[Machine, Request], Plan]] = {
     "smoke": smoke,
     "core": core,
+    "cpu-table": cpu_table,
     "full": full,
     "gpu-table": gpu_table,
     "schedules": schedules,
@@ -263,13 +296,24 @@ def _rivals(
 ) -> tuple[tuple[Contender, ...], list[Skip]]:
     found, skips = who.plain(machine)
     lengths = request.accept_lengths
-    draft = request.eagle3_draft if real else None
-    for members, missing in (who.ngram(machine, lengths["ngram"]), who.eagle3(machine, draft, lengths["eagle3"])):
+    missing = [Skip("eagle3 on shapes", "no draft model fits random weights; it runs on the real model")]
+    eagle3 = who.eagle3(machine, request.eagle3_draft) if real or not request.eagle3_draft else ([], missing)
+    for members, missing in (who.ngram(machine, lengths["ngram"]), eagle3):
         found += members
         skips += missing
     found += who.sparsespec(machine, policies, lengths["sparsespec"], request.spec_args, schedules)
     found += [who.named(machine, text, lengths["sparsespec"]) for text in request.named]
     return tuple(found), skips
+
+
+def _made(make: Callable[..., Contender], machine: Machine, request: Request) -> Contender:
+    return make(machine, request.accept_lengths["sparsespec"], request.spec_args)
+
+
+def _offload_members(machine: Machine, request: Request) -> tuple[Contender, ...]:
+    """Plain, ours with SGLang's retraction, and ours with host memory."""
+    plain, ours, *_ = _pair(machine, dataclasses.replace(request, named=()))
+    return plain, ours, _made(who.host_memory, machine, request)
 
 
 def _pair(machine: Machine, request: Request) -> tuple[Contender, ...]:
@@ -315,8 +359,9 @@ def check(name: str, request: Request) -> None:
     """Refuse what would be ignored.
 
     Raises:
-        ConfigError: for an option of workloads with another set, and for two contenders of one name.
+        ConfigError: for an option that the set has no use for, and for two contenders of one name.
     """
+    workloads = " and ".join(WORKLOADS)
     if name not in WORKLOADS:
         for option, value in (
             ("--prompts", request.prompts),
@@ -325,10 +370,45 @@ def check(name: str, request: Request) -> None:
             ("--requests", request.requests),
         ):
             if value:
-                workloads = " and ".join(WORKLOADS)
                 raise ConfigError(option, value, f"left out with set {name}", f"It belongs to the sets {workloads}.")
+    _check_shapes(name, request)
+    if request.eagle3_draft and name not in WITH_EAGLE3:
+        sets = " and ".join(WITH_EAGLE3)
+        allowed = f"left out with set {name}"
+        raise ConfigError("--eagle3-draft", request.eagle3_draft, allowed, f"The sets {sets} have EAGLE-3.")
     names = [text.partition("=")[0] for text in request.named]
-    taken = {*who.useful_policies(), *(name for i, name in enumerate(names) if name in names[:i])}
+    taken = {*who.useful_policies(), *who.OURS, *(name for i, name in enumerate(names) if name in names[:i])}
     for name in names:
         if name in taken:
             raise ConfigError("--contender", name, "a name of its own", "Another contender has this name.")
+
+
+WITH_EAGLE3 = ("core", "full", *WORKLOADS)
+# one shape each, or what a set's promise of server starts allows
+ONLY_SHAPES = {"core": ("qwen3-1.7b",)}
+# set full alone has NGRAM on shapes
+SIMULATED = {
+    "core": ("sparsespec",),
+    "gpu-table": ("sparsespec",),
+    "schedules": ("sparsespec",),
+    "full": tuple(who.SIMULATED_ACCEPT_LENGTHS),
+}
+
+
+def _check_shapes(name: str, request: Request) -> None:
+    """Shapes, and acceptance simulated on them, belong to sets that have any."""
+    with_shapes = " and ".join(DEFAULT_SHAPES)
+    for option, values in (("--shapes", request.shapes_given), ("--accept-length", request.accept_lengths_given)):
+        if values and name not in DEFAULT_SHAPES:
+            text = " ".join(values)
+            hint = f"It measures no random weights; the sets {with_shapes} do."
+            raise ConfigError(option, text, f"left out with set {name}", hint)
+    for shape in request.shapes_given:
+        if shape not in ONLY_SHAPES.get(name, (shape,)):
+            allowed = f"one of {', '.join(ONLY_SHAPES[name])} with set {name}"
+            raise ConfigError("--shapes", shape, allowed, "Sets gpu-table and full measure any shape.")
+    for contender in request.accept_lengths_given:
+        if contender not in SIMULATED[name]:
+            allowed = f"one of {', '.join(SIMULATED[name])} with set {name}"
+            hint = "Only set full has NGRAM on random weights."
+            raise ConfigError("--accept-length", contender, allowed, hint)

@@ -74,8 +74,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-DEFAULT_SHAPES = ("qwen3-1.7b", "qwen3-8b", "qwen3-14b")
-"""What sets measure unless shapes are named; the others have 61 GB of weights."""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -5,6 +5,7 @@ Pure functions on records. A speed-up compares turns that were taken in turn wit
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,11 @@ class Row:
     over_best_plain: float | None = None
     """The same over the fastest plain backend of the scene."""
 
+    @property
+    def server(self) -> str:
+        """The same for rows that were measured on servers with the same pool and limits."""
+        return server_of(self.turns[0])
+
 
 def current(records: Sequence[Record]) -> tuple[list[Record], int]:
     """The records of the latest run's context, and how many others there are (another commit, version or machine)."""
@@ -60,7 +66,8 @@ def rows(records: Sequence[Record]) -> list[Row]:
     cells: dict[str, list[Record]] = {}
     for record in records:
         if record["record"] == "turn":
-            cells.setdefault(digest(record["target"], record["contender_args"], record["scene"]), []).append(record)
+            cell = digest(record["target"], record["contender_args"], record["scene"], server_of(record))
+            cells.setdefault(cell, []).append(record)
     gates = [record for record in records if record["record"] == "gate"]
     return _over_best_plain([_row(turns, records, gates) for turns in cells.values()])
 
@@ -78,7 +85,8 @@ def _row(turns: list[Record], records: Sequence[Record], gates: list[Record]) ->
             for record in records
             if record["record"] == "turn"
             and record["is_baseline"]
-            and (record["target"], record["scene"]) == (first["target"], first["scene"])
+            and (record["target"], record["scene"], server_of(record))
+            == (first["target"], first["scene"], server_of(first))
             and (first["is_baseline"] or record["pair"] == first["pair"])
         ]
         ratio = _ratio(turns, baseline) if baseline else None
@@ -98,6 +106,14 @@ def _row(turns: list[Record], records: Sequence[Record], gates: list[Record]) ->
         ratio=ratio,
         refusal=refusal,
     )
+
+
+def server_of(turn: Record) -> str:
+    """Pool and limits of the server: `--only` changes them, and a larger pool is another measurement."""
+    args = turn.get("server_args", [])
+    named = dict(itertools.pairwise(args))
+    pool, running = (named.get(name) for name in ("--max-total-tokens", "--max-running-requests"))
+    return "" if pool is None else f"pool of {int(pool):,} tokens, at most {running} running"
 
 
 def gate_refusal(turn: Record, gates: Sequence[Record]) -> str:
@@ -149,11 +165,11 @@ def _over_best_plain(found: list[Row]) -> list[Row]:
     best: dict[str, float] = {}
     for row in found:
         if row.ratio is not None and not row.acceptance:
-            key = digest(row.target, row.scene)
+            key = digest(row.target, row.scene, row.server)
             best[key] = max(best.get(key, 0.0), row.ratio)
     done = []
     for row in found:
-        top = best.get(digest(row.target, row.scene))
+        top = best.get(digest(row.target, row.scene, row.server))
         over = row.ratio / top if row.ratio is not None and top else None
         done.append(Row(**{**vars(row), "over_best_plain": over}))
     return done

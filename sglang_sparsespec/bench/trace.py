@@ -41,6 +41,8 @@ NUM_ROUNDS = 8
 NEW_TOKENS = 384
 """More than the rounds that are traced, with what passes until all requests run and the profiler has started."""
 WRITE_TIMEOUT_S = 60.0
+WRITE_S = 10.0
+"""Seen: 3 to 8 s."""
 
 
 def record(server: Server, source: PromptSource, scene: Scene, folder: Path) -> Path:

@@ -9,12 +9,15 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import TYPE_CHECKING, Any
 
+from sglang_sparsespec.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # long modules of the standard library, of different kinds of code
 SOURCES = ("argparse", "asyncio.base_events", "difflib", "inspect", "subprocess", "tarfile", "typing", "unittest.mock")
-TEXT_KEYS = ("text", "prompt", "content")
+OWN_SOURCES = ("selection", "speculation")
+TEXT_FIELDS = ("prompt", "text", "question", "problem", "content")
 
 
 def builtin_texts() -> list[str]:
@@ -30,24 +33,54 @@ def builtin_texts() -> list[str]:
     return [text for pair in zip(modules, parts, strict=True) for text in pair]
 
 
+def own_sources() -> str:
+    """Code that no model was trained on, unlike Python's own: this package's rules of selection and of rounds."""
+    package = Path(__file__).parents[1]
+    files = [path for folder in OWN_SOURCES for path in sorted((package / folder).glob("*.py"))]
+    return "\n\n".join(path.read_text() for path in files)
+
+
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Texts of files: a JSON object with `text`, `prompt` or `content` a line in .jsonl files, else one text a file.
+    """Texts of files: those of `read_jsonl` from .jsonl files, else one text a file.
 
     Raises:
-        ValueError: for a line of a .jsonl file that has no text.
+        ConfigError: as `read_jsonl`.
     """
     texts = []
     for path in paths:
-        if path.suffix != ".jsonl":
-            texts.append(path.read_text())
+        texts += read_jsonl(path) if path.suffix == ".jsonl" else [path.read_text()]
+    return texts
+
+
+def read_jsonl(path: Path) -> list[str]:
+    """A text a line: a string, or an object with a string in one of `TEXT_FIELDS`, or with chat `messages`.
+
+    Raises:
+        ConfigError: for a file without texts, and for a line that is none of these.
+    """
+    texts = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        if not line.strip():
             continue
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
-            if line.strip():
-                record = json.loads(line)
-                text = next((record[key] for key in TEXT_KEYS if isinstance(record.get(key), str)), None)
-                if text is None:
-                    raise ValueError(f"{path}:{number}: expected a string under one of {', '.join(TEXT_KEYS)}.")
-                texts.append(text)
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            if isinstance(value.get("messages"), list):
+                value = "\n\n".join(str(message.get("content", "")) for message in value["messages"])
+            else:
+                value = next((value[field] for field in TEXT_FIELDS if isinstance(value.get(field), str)), None)
+        if not isinstance(value, str) or not value:
+            raise ConfigError(
+                f"line {number} of {path}",
+                line[:80],
+                f"a JSON string, or an object with a string in one of {', '.join(TEXT_FIELDS)}, or with messages",
+                "Write one text per line.",
+            )
+        texts.append(value)
+    if not texts:
+        raise ConfigError("a file of texts", str(path), "JSONL with at least one text", "The file has none.")
     return texts
 
 

@@ -105,6 +105,26 @@ def test_times_are_those_between_results(observed: list[Any]) -> None:
     assert times == [None, 20, 30, None, 40]
 
 
+def test_drafts_that_were_never_made_did_not_fail(observed: list[Any]) -> None:
+    """With n-gram guesses a request may have six drafts of eight; all standing says nothing of the seventh."""
+    import torch
+
+    from sglang_sparsespec.adapter.adaptive import RoundSteps
+
+    steps = RoundSteps(SparseSpecConfig(adaptive=True, ngram_assist=2), clock=Clock())
+    counts = torch.tensor([6, 8, 8])
+    steps.next_round(requests(None, None, 5), 1)
+    steps.drafted(counts)
+    # the next round's counts are in the same memory before the results of this one are seen
+    counts.fill_(1)
+    steps.next_round(requests(None, None, None), 2)
+    steps.verified([6, 2, 5])
+    steps.verified([8, 8, 8])
+    assert [done.allowed for done, _, _ in observed] == [(6, 8, 5), (8, 8, 8)]
+    # and nobody asks the device where k is fixed
+    RoundSteps(SparseSpecConfig()).drafted(counts)
+
+
 def test_results_that_are_not_ours_are_not_mixed_up(observed: list[Any]) -> None:
     """A result of another size belongs to another round: all pairs after it would be wrong."""
     from sglang_sparsespec.adapter.adaptive import RoundSteps

@@ -198,11 +198,13 @@ def test_what_is_accepted_is_remembered() -> None:
     """Guesses from what was drafted and rejected, or of a request that had the row before."""
     host = Engine()
     texts = [text(0, 24)]
-    _, plan, _ = host.begin(texts)
+    _, plan, current = host.begin(texts)
     accepted = torch.tensor([[31, 32, 33, 34, 31, 32, 0]])
-    host.assist.commit(plan, SimpleNamespace(accept_tokens=accepted))
+    # of the request that had the row before
+    host.assist._history[1, 23:] = 39
+    host.assist.commit(plan, current, SimpleNamespace(accept_tokens=accepted))
     row = host.assist._history[1]
-    assert row[:23].tolist() == texts[0][:23]
+    assert row[:24].tolist() == texts[0]
     assert row[24:30].tolist() == [31, 32, 33, 34, 31, 32]
     host.assist.start([SimpleNamespace(origin_input_ids=[9, 8], output_ids=[7], req_pool_idx=1)])
     assert host.assist._history[1, :3].tolist() == [9, 8, 7]

@@ -1,4 +1,4 @@
-"""`python -m sglang_sparsespec.bench smoke`, whole: real servers, gate, turns, page, plots, and a second call."""
+"""`python -m sglang_sparsespec.bench`, whole: real servers, gate, turns, page, plots, and a second call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
-def bench(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang_sparsespec.bench", "smoke", "--repeats", "1", "--out", str(out), *options]
+def bench(out: Path, *options: str, name: str = "smoke") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang_sparsespec.bench", name, "--repeats", "1", "--out", str(out), *options]
     env = server_env({"SPARSESPEC_COMMIT": "test"})
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
@@ -46,8 +46,9 @@ def test_smoke_measures_everyone_and_resumes(tmp_path: Path) -> None:
         assert turn["acceptance"] in ("none", "real")
     page = (tmp_path / "report.md").read_text()
     assert "refused" not in page
+    assert "## Where speculation loses" in page
     assert "Triton kernels, which need a GPU" in page
-    assert {"speedup-tiny-qwen3-by-fill.png", "throughput-tiny-qwen3-by-batch-1024.png"} <= {
+    assert {"speedup-tiny-qwen3-by-fill.png", "throughput-tiny-qwen3-by-batch-256.png"} <= {
         path.name for path in tmp_path.glob("*.png")
     }
 
@@ -55,3 +56,25 @@ def test_smoke_measures_everyone_and_resumes(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr[-3000:]
     assert "about 0 minutes for the 0 turns" in again.stdout
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == len(records)
+
+
+def test_answers_that_end_by_themselves(tiny_model: Path, tmp_path: Path) -> None:
+    """The paper's load: more requests than places, sampled, each until its own end; the steady state is another one."""
+    load = ("--batch", "4", "--requests", "8", "--new-tokens", "128", "--spec-arg=--sparsespec-min-budget=64")
+    done = bench(tmp_path, "--model", str(tiny_model), "--device", "cpu", *load, name="paper")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    turns = [record for record in records if record["record"] == "turn"]
+    assert [turn["contender"] for turn in turns] == [
+        "plain/torch_native",
+        "sparsespec/pillar",
+        "plain/torch_native",
+        "sparsespec/window",
+    ]
+    for turn in turns:
+        assert (turn["scene"]["ignore_eos"], turn["scene"]["temperature"]) == (False, 0.65)
+        assert 1 <= turn["result"]["running"] <= 4
+        assert turn["result"]["tokens_per_s"] > 0
+    page = (tmp_path / "report.md").read_text()
+    assert "4, 160 prompt + at most 128 new, T=0.65" in page
+    assert "## Where speculation loses" in page

@@ -29,8 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "quality": {"errors", "config", "ops", "sparsity", "acceptance", "model_tools"},
     "adapter": {"errors", "config", "request_options", "ops", "speculation", "selection", "sparsity", "kv", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "sparsity", "kv", "patches", "adapter"},
-    "model_tools": set(),
     "bench": {"errors", "config", "speculation", "model_tools"},
+    "model_tools": {"errors"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}

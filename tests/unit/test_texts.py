@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sglang_sparsespec.model_tools.texts import builtin_texts, read_texts, token_windows
+from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.model_tools.texts import builtin_texts, own_sources, read_texts, token_windows
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,12 +48,24 @@ def test_windows_start_anywhere_and_repeat_by_seed() -> None:
     assert starts == [window[0] for window in token_windows(Letters(), [text], [10] * 20, seed=1)]
 
 
+def test_own_sources_are_a_long_text() -> None:
+    """A wheel without them, or a folder that was renamed, would leave an empty prompt."""
+    assert len(own_sources()) > 50_000
+    assert "class PillarPolicy" in own_sources()
+
+
 def test_reads_text_files_and_lines_of_json(tmp_path: Path) -> None:
-    """A file of prompts read as one text gives prompts of braces and quotes."""
-    plain, lines, broken = tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    """A file of prompts read as one text gives prompts of braces and quotes; each form that data sets come in."""
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
     plain.write_text("plain")
-    lines.write_text(json.dumps({"id": 1, "prompt": "first"}) + "\n\n" + json.dumps({"text": "second"}) + "\n")
-    broken.write_text(json.dumps({"prompt": ["no", "string"]}) + "\n")
-    assert read_texts([plain, lines]) == ["plain", "first", "second"]
-    with pytest.raises(ValueError, match=r"c\.jsonl:1"):
-        read_texts([broken])
+    forms = ["a", {"id": 1, "prompt": "b"}, {"text": "c"}, {"problem": "d"}, {"question": "e"}, {"content": "f"}]
+    forms += [{"messages": [{"role": "user", "content": "g"}]}, {"prompt": ["no", "string"], "text": "h"}]
+    lines.write_text("\n\n".join(json.dumps(form) for form in forms) + "\n")
+    assert read_texts([plain, lines]) == ["plain", *"abcdefgh"]
+    for bad in ('{"id": 3}', "no json", '""', '{"prompt": ["no", "string"]}'):
+        lines.write_text('"a"\n' + bad + "\n")
+        with pytest.raises(ConfigError, match="line 2 of"):
+            read_texts([lines])
+    lines.write_text("\n")
+    with pytest.raises(ConfigError, match="at least one text"):
+        read_texts([lines])

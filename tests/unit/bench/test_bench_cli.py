@@ -18,6 +18,7 @@ from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.window import Trace
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.model_tools.texts import own_sources
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -87,7 +88,15 @@ def test_page_says_how_many_ranks(job: Job, tmp_path: Path) -> None:
         (["paper", "--model", "/nowhere"], "a folder with a config.json"),
         (["paper", "--repeats", "0"], "--repeats is 0; it must be more than 0"),
         (["paper", "--prompts", "/nowhere.jsonl"], "--prompts is '/nowhere.jsonl'"),
-        (["core", "--accept-length", "magic=7"], "WHO one of sparsespec, ngram, eagle3"),
+        (["core", "--accept-length", "magic=7"], "WHO one of sparsespec, ngram and"),
+        (["core", "--accept-length", "eagle3=2"], "WHO one of sparsespec, ngram and"),
+        (["core", "--accept-length", "ngram=2"], "--accept-length is 'ngram'"),
+        (["core", "--shapes", "qwen3-8b"], "--shapes is 'qwen3-8b'; it must be one of qwen3-1.7b"),
+        (["smoke", "--shapes", "qwen3-8b"], "--shapes is 'qwen3-8b'; it must be left out with set smoke"),
+        (["smoke", "--profile"], "set smoke leaves a GPU out of account"),
+        (["gpu-table", "--profile"], "there is no GPU here"),
+        (["smoke", "--eagle3-draft", "/x"], "--eagle3-draft is '/x'; it must be left out with set smoke"),
+        (["gpu-table", "--eagle3-draft", "/x"], "it must be left out with set gpu-table"),
         (["core", "--accept-length", "ngram=0.5"], "N at least 1"),
     ],
 )
@@ -198,6 +207,17 @@ def test_speedup_by_fill_compares_equal_fills(job: Job, tmp_path: Path) -> None:
     assert plots.speedup_by_fill(row, found) == [(200, 2.0)]
 
 
+def test_lines_join_answers_of_one_length(job: Job) -> None:
+    """A line from 64 to 256 tokens over the batch shows the answers' length and not the batch."""
+    plain, ours = job.contenders
+    scenes = (Scene(2, 1024, 64), Scene(8, 1024, 256), Scene(8, 1024, 64))
+    found = plots.rows([turn_record(job, who, scene) for who in (plain, ours) for scene in scenes])
+    [(name, figure)] = plots._lines_by(plots._pyplot(), found, "batch", "prompt_tokens")
+    lines = {line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines}
+    assert name == "throughput-small-by-batch-1024.png"
+    assert lines == {f"{who.label}, 64 new, greedy": [2, 8] for who in (plain, ours)}
+
+
 def test_summarise_cuts_warm_up_and_drain() -> None:
     """One turn from traces to numbers: rate, round, gaps and pool."""
     traces = [
@@ -233,20 +253,6 @@ def test_client_reads_the_counts_of_a_chunk() -> None:
     assert (int(found[1]), int(verified[1])) == (17, 4)
 
 
-def test_prompts_of_a_file(tmp_path: Path) -> None:
-    """Each form that data sets come in, and a clear refusal of the rest."""
-    path = tmp_path / "p.jsonl"
-    path.write_text('"a"\n\n{"prompt": "b"}\n{"problem": "c"}\n{"messages": [{"role": "user", "content": "d"}]}\n')
-    assert prompts.read_prompts(path) == ["a", "b", "c", "d"]
-    for bad in ('{"id": 3}\n', "no json\n", '""\n'):
-        path.write_text('"a"\n' + bad)
-        with pytest.raises(ConfigError, match="line 2 of"):
-            prompts.read_prompts(path)
-    path.write_text("\n")
-    with pytest.raises(ConfigError, match="at least one prompt"):
-        prompts.read_prompts(path)
-
-
 def test_token_prompts_have_their_length(tiny_qwen3_path: Path) -> None:
     """A text that is shorter than the prompt would make a shorter context than the table says."""
     from transformers import AutoTokenizer
@@ -256,6 +262,8 @@ def test_token_prompts_have_their_length(tiny_qwen3_path: Path) -> None:
     found = prompts.token_prompts(tokenizer, lengths)
     assert [len(ids) for ids in found] == lengths
     assert prompts.token_prompts(tokenizer, lengths, seed=1) != found
+    own = tokenizer.decode(prompts.token_prompts(tokenizer, [16] * 3)[prompts.OWN_PLACE])
+    assert own in tokenizer.decode(tokenizer(own_sources(), verbose=False)["input_ids"])
     path = tiny_qwen3_path / "prompts.jsonl"
     path.write_text('"one"\n{"prompt": "two"}\n')
     chats = prompts.file_prompts(tokenizer, path, 3)
@@ -271,6 +279,27 @@ def test_commit_of_a_copy_without_git(tmp_path: Path, monkeypatch: pytest.Monkey
     assert provenance.commit(tmp_path) == "abc1234"
     monkeypatch.setenv(provenance.COMMIT_VARIABLE, "def5678")
     assert provenance.commit(tmp_path) == "def5678"
+
+
+def test_every_edit_is_another_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All edits of a checkout are the same "-dirty" commit, a copy has none: old turns would pass for new."""
+    (tmp_path / "package" / "ops").mkdir(parents=True)
+    (tmp_path / "patches").mkdir()
+    kernel, patch = tmp_path / "package" / "ops" / "x.py", tmp_path / "patches" / "y.py"
+    found = set()
+    for file, text in ((kernel, "a"), (kernel, "b"), (patch, "a"), (tmp_path / "package" / "z.py", "")):
+        file.write_text(text)
+        found.add(provenance.sources_digest(tmp_path / "package"))
+        (tmp_path / "package" / "notes.md").write_text(text)
+    assert len(found) == 4
+    contexts = []
+    monkeypatch.setattr(cli, "Runner", lambda *args, context, **_: contexts.append(context) or pytest.fail("made"))
+    for sources in ("one", "two"):
+        monkeypatch.setattr(provenance, "sources_digest", lambda sources=sources: sources)
+        with pytest.raises(pytest.fail.Exception):
+            cli.main(["smoke", "--dry-run", "--out", str(tmp_path)])
+    assert contexts[0]["commit"] == contexts[1]["commit"]
+    assert [context["sources"] for context in contexts] == ["one", "two"]
 
 
 def test_command_is_one_that_others_can_type() -> None:

@@ -6,11 +6,12 @@ Servers, answers and measurements are replaced; everything between them is the r
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sglang_sparsespec.bench import gate, runner, trace
+from sglang_sparsespec.bench import gate, planner, runner, sets, trace
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Target
 from sglang_sparsespec.bench.planner import num_starts
 from sglang_sparsespec.bench.records import read_records
@@ -19,6 +20,7 @@ from sglang_sparsespec.bench.server import ServerError
 from sglang_sparsespec.bench.window import NoSteadyStateError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from sglang_sparsespec.bench.machine import Machine
@@ -32,26 +34,43 @@ class FakeServer:
     events: list[tuple[str, str, str | None]]
     broken = ""
     """Servers with this argument do not start."""
+    dead = ""
+    """Servers of this name die in their first turn."""
 
-    def __init__(self, model: str, *args: str, env: dict[str, str | None], **_: Any) -> None:
+    start_s = 0.0
+    """Of the clock, each start."""
+
+    def __init__(
+        self, model: str, *args: str, env: dict[str, str | None], timeout_s: float, request_timeout_s: float
+    ) -> None:
         self.name = "ours" if "SPARSESPEC" in args else "plain"
         self.env = env
         self.command = ["python", *args]
         self.startup_s = 1.0
+        self.timeout_s, self.request_timeout_s = timeout_s, request_timeout_s
         self._args = args
 
     def __enter__(self) -> FakeServer:
         if FakeServer.broken in self._args:
             raise ServerError("the server died while starting")
         FakeServer.events.append(("start", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
+        World.now += FakeServer.start_s
         return self
+
+    def check_alive(self, when: str) -> None:
+        if FakeServer.dead == self.name:
+            raise ServerError(f"the server died {when}")
 
     def __exit__(self, *exc: object) -> None:
         FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
 
 
 class World:
-    """What the runner sees instead of servers."""
+    """What the runner sees instead of servers, and its clock."""
+
+    now = 0.0
+    """Seconds; they pass in a test that gives its steps a price."""
+    prices: dict[str, Callable[..., float]]
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.measured: list[tuple[str, int, int]] = []
@@ -59,9 +78,13 @@ class World:
         self.answer = {"plain": [1, 2], "ours": [1, 2]}
         self.error: Exception | None = None
         FakeServer.events = []
-        FakeServer.broken = ""
+        FakeServer.broken = FakeServer.dead = ""
+        FakeServer.start_s = World.now = 0.0
+        self.prices = {}
+        self.limits: list[float] = []
+        monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: World.now))
         monkeypatch.setattr(runner, "Server", FakeServer)
-        monkeypatch.setattr(runner, "warm_up", lambda *args: None)
+        monkeypatch.setattr(runner, "warm_up", lambda server, source, scene: self._pay("warm_up", scene))
         monkeypatch.setattr(runner, "measure", self.measure)
         monkeypatch.setattr(gate, "gate_prompts", lambda *args: [[1]])
         monkeypatch.setattr(gate, "answers", self.answers)
@@ -69,14 +92,20 @@ class World:
     def measure(self, server: FakeServer, source: Any, scene: Scene, seed: int) -> dict[str, Any]:
         if self.error is not None:
             raise self.error
+        self._pay("measure", scene)
+        self.limits.append(World.now + server.request_timeout_s)
         self.measured.append((server.name, scene.batch, seed))
         return {"tokens_per_s": 1.0}
 
-    def answers(self, server: FakeServer, prompts: Any) -> list[Any]:
+    def answers(self, server: FakeServer, prompts: Any, new_tokens: int) -> list[Any]:
         self.gated.append(server.name)
+        self._pay("gate")
         tokens = self.answer[server.name]
         top = [[[-0.1, token, None], [-9.0, 99, None]] for token in tokens]
         return [{"output_ids": tokens, "meta_info": {"output_top_logprobs": top}}]
+
+    def _pay(self, step: str, *args: Any) -> None:
+        World.now += self.prices[step](*args) if step in self.prices else 0.0
 
     @property
     def starts(self) -> list[tuple[str, str | None]]:
@@ -140,12 +169,102 @@ def test_another_configuration_is_measured_anew(world: World, job: Job, h100: Ma
 
 
 def test_time_that_is_up_stops_before_the_next_step(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
-    """The first step is always taken, or no call would ever get anywhere; then the run ends by itself, servers down."""
-    first = make(job, h100, tmp_path, max_s=0.001)
+    """Something that lasts is always done first, or no call would ever get anywhere; then servers go down."""
+    world.prices["gate"] = lambda: 1.0
+    first = make(job, h100, tmp_path, max_s=0.5)
     assert not first.run()
     assert first.is_out_of_time
     assert world.starts == [("plain", None)]
     assert FakeServer.events[-1][:2] == ("stop", "plain")
+    # the reference is there; next comes the gate, and then a turn
+    for measured in (0, 1, 2):
+        assert not make(job, h100, tmp_path, max_s=-1).run()
+        assert len(world.measured) == measured
+
+
+@pytest.fixture
+def core(real_target: Target, shape_target: Target, h100: Machine) -> tuple[Job, ...]:
+    request = sets.Request(model=real_target, shapes=(shape_target,), eagle3_draft="/draft")
+    return sets.core(h100, request).jobs
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.3], ids=str)
+def test_core_in_calls_of_eight_minutes(
+    world: World, core: tuple[Job, ...], h100: Machine, tmp_path: Path, factor: float
+) -> None:
+    """A lent card is given for nine minutes at a time: calls end in time, and start again only what they must.
+
+    Twelve starts in one call; each further one has the real model's baseline once more.
+    """
+    FakeServer.start_s = factor * planner.START_S[True]
+
+    def load_s(scene: Scene, new_tokens: int) -> float:
+        [job] = [job for job in core if scene in job.scenes]
+        return factor * planner.predicted_load_s(job.target, h100, scene.batch, scene.prompt_tokens, new_tokens)
+
+    world.prices = {
+        "gate": lambda: factor * planner.predicted_gate_s(core[0], h100),
+        "warm_up": lambda scene: factor * planner.COMPILE_S + load_s(scene, 24),
+        "measure": lambda scene: 2.0 + load_s(scene, scene.new_tokens),
+    }
+
+    def call(out: Path, max_s: float | None) -> Runner:
+        records = read_records(out / "results.jsonl")
+        one = Runner("core", core, h100, out, records=records, provenance={}, context=CONTEXT, max_s=max_s)
+        one.run()
+        return one
+
+    assert not call(tmp_path / "whole", None).pending
+    assert len(world.starts) == 12
+    FakeServer.events.clear()
+    calls, is_done = 0, False
+    while not is_done:
+        calls, began = calls + 1, World.now
+        is_done = not call(tmp_path / "parts", 480).pending
+        assert World.now - began < 540
+    assert 3 <= calls <= 6
+    assert len(world.starts) <= 12 + calls - 1
+    assert "failure" not in kinds(tmp_path / "parts")
+
+
+def test_steps_are_cut_off_with_the_call(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """A server that hangs in start or stream would hold a lent card for hours; and its turn did not fail."""
+    world.prices["measure"] = lambda _: 100.0
+    make(job, h100, tmp_path, max_s=480).run()
+    assert world.limits
+    assert max(world.limits) <= 480 + runner.GRACE_S + 100
+    World.now, world.error = 0.0, ServerError("no answer from /generate")
+
+    def hang(server: FakeServer, *_: Any, **__: Any) -> dict[str, Any]:
+        World.now += server.request_timeout_s
+        raise ServerError("no answer from /generate")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "measure", hang)
+        hung = make(job, h100, tmp_path / "hung", max_s=480)
+        assert not hung.run()
+    assert hung.is_out_of_time
+    assert World.now == 480 + runner.GRACE_S
+    assert "failure" not in kinds(tmp_path / "hung")
+
+
+def test_a_baseline_that_dies_starts_no_others(
+    world: World, job: Job, h100: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would start, be gated and fail beside it; a minute of a lent card for each."""
+    plain, ours = job.contenders
+    others = [dataclasses.replace(ours, name=f"sparsespec/{i}", args=(*ours.args, str(i))) for i in range(3)]
+
+    def measure(server: FakeServer, *_: Any, **__: Any) -> dict[str, Any]:
+        FakeServer.dead = "plain"
+        raise ServerError("the server died during /flush_cache")
+
+    monkeypatch.setattr(runner, "measure", measure)
+    whole = dataclasses.replace(job, contenders=(plain, *others))
+    assert not make(whole, h100, tmp_path).run()
+    assert [name for name, _ in world.starts] == ["plain", "ours"]
+    failed = {record["pair"] for record in read_records(tmp_path / "results.jsonl") if record["record"] == "failure"}
+    assert failed == {other.name for other in others}
 
 
 @pytest.fixture
@@ -244,6 +363,13 @@ def test_rounds_are_traced_once(
         make(dataclasses.replace(job, scenes=scenes), h100, tmp_path, profile=True).run()
     assert traced == [("ours", scenes[1])]
     assert kinds(tmp_path).count("trace") == 1
+    # one for which the time was up is not lost
+    path = tmp_path / "results.jsonl"
+    kept = [line for line in path.read_text().splitlines(keepends=True) if '"record": "trace"' not in line]
+    path.write_text("".join(kept))
+    FakeServer.events.clear()
+    make(dataclasses.replace(job, scenes=scenes), h100, tmp_path, profile=True).run()
+    assert (len(traced), world.starts) == (2, [("plain", None), ("ours", None)])
 
 
 @pytest.mark.parametrize(

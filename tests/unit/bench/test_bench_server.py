@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import itertools
+import socket
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 
 from sglang_sparsespec.bench import machine, server
 from sglang_sparsespec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+ASKED = {
+    "flush_cache": server.Server.flush_cache,
+    "loads": server.Server.loads,
+    "generate": lambda live: live.generate({}),
+    "stream": lambda live: list(live.stream("/generate", {})),
+    "accept_length": server.Server.accept_length,
+}
 
 
 class Small(server.Server):
@@ -62,3 +77,18 @@ def test_every_rank_needs_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fa3_needs_a_hopper_card() -> None:
     """On another card SGLang would end the server with an assertion, minutes into a run."""
     assert "compute capability 9; this one has 8.0" in machine._missing_gpu_backends((8, 0)).get("fa3", "")
+
+
+@pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("is_listening", [False, True], ids=["dead", "hung"])
+def test_a_server_that_does_not_answer_is_a_server_error(ask: Callable[[Any], Any], is_listening: bool) -> None:
+    """The runner catches that and goes on with the next contender; anything else ends the call without a page."""
+    live = server.Server("/nowhere", request_timeout_s=0.2)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        live.url = f"http://127.0.0.1:{port.getsockname()[1]}"
+        if is_listening:
+            port.listen()
+        with pytest.raises(server.ServerError, match="no answer from /") as raised:
+            ask(live)
+    assert isinstance(raised.value.__cause__, requests.RequestException)

@@ -37,7 +37,8 @@ def reasons(plan: sets.Plan) -> dict[str, str]:
 def test_core_starts_at_most_twelve_servers(h100: Machine, request_: Request) -> None:
     """The promise of the set, with every backend and a draft for EAGLE-3 present."""
     plan = sets.core(h100, dataclasses.replace(request_, eagle3_draft="/draft"))
-    assert {"plain/flashinfer", "plain/triton", "plain/fa3", "ngram", "eagle3", "sparsespec/pillar"} <= names(plan)
+    rivals = {"plain/flashinfer", "plain/triton", "plain/fa3", "ngram", "eagle3"}
+    assert rivals | {"sparsespec/pillar", "sparsespec/window", "sparsespec/triforce"} <= names(plan)
     assert sum(planner.num_starts(job, h100) for job in plan.jobs) <= 12
     assert {job.gate_on for job in plan.jobs} == {request_.model.name if request_.model else ""}
 
@@ -96,6 +97,67 @@ def test_gpu_sets_say_so_on_a_cpu(name: str, laptop: Machine, request_: Request)
     plan = sets.SETS[name](laptop, request_)
     assert plan.jobs == ()
     assert "needs a GPU" in reasons(plan)[f"set {name}"]
+
+
+def test_full_has_what_is_switched_and_what_is_varied(h100: Machine, request_: Request) -> None:
+    """Every option that could be on or off, and answers of several lengths: the cross is where they all stand."""
+    plan = sets.full(h100, request_)
+    assert {"sparsespec/adaptive", "sparsespec/triforce", "sparsespec/host-memory"} <= names(plan)
+    cross, small_pool, *_ = plan.jobs
+    assert {scene.new_tokens for scene in cross.scenes} == {256, 1024, 4096}
+    assert [c.name for c in small_pool.contenders] == [
+        "plain/flashinfer",
+        "sparsespec/pillar",
+        "sparsespec/host-memory",
+    ]
+    [scene] = small_pool.scenes
+    assert planner.pool_tokens(small_pool, h100) == pytest.approx(0.4 * 128 * (512 + 2048 + 64), rel=0.01)
+    assert "pool for 40% of it" in str(scene)
+    # others have the pool that they fill
+    assert {scene.pool_share for job in plan.jobs if job is not small_pool for scene in job.scenes} == {1.0}
+
+
+def test_eagle3_on_shapes_is_skipped_for_its_own_reason(h100: Machine, request_: Request) -> None:
+    """A user who gave a draft model was told to give one."""
+    plan = sets.full(h100, dataclasses.replace(request_, eagle3_draft="/draft"))
+    assert "eagle3" in {contender.name for contender in plan.jobs[0].contenders}
+    assert reasons(plan)["eagle3 on shapes"] == "no draft model fits random weights; it runs on the real model"
+    assert "eagle3" not in reasons(plan)
+    assert "--eagle3-draft PATH" in reasons(sets.full(h100, request_))["eagle3"]
+
+
+def test_labels_name_what_runs_eagerly(h100: Machine, laptop: Machine, request_: Request) -> None:
+    """Rows of a policy without CUDA graphs beside rows with them compare engines and not policies."""
+    from sglang_sparsespec.bench import contenders
+    from sglang_sparsespec.config import SparseSpecConfig
+    from sglang_sparsespec.selection import POLICIES, StepPolicy
+
+    config = SparseSpecConfig()
+    eager = set()
+    for name, policy in POLICIES.items():
+        made = policy(config)
+        # as adapter.support.can_fuse, which only a process with SGLang may import
+        is_partial = not isinstance(made, StepPolicy) and made.needs_attention
+        is_partial &= is_partial and len(made.captured_queries(config.num_draft_tokens)) < config.num_draft_tokens
+        if isinstance(made, StepPolicy) or is_partial:
+            eager.add(name)
+    assert set(contenders.EAGER) == eager - {"oracle"}
+    labels = {c.name: c.label for job in sets.full(h100, request_).jobs for c in job.contenders}
+    for policy in contenders.useful_policies():
+        assert ("eager" in labels[f"sparsespec/{policy}"]) == (policy in eager)
+    [job] = sets.cpu_table(laptop, request_).jobs
+    assert not any("eager" in contender.label for contender in job.contenders)
+
+
+def test_cpu_table_is_the_papers_ideas(laptop: Machine, request_: Request) -> None:
+    """Each seed's rule on real acceptance, and the rivals that cannot run named."""
+    plan = sets.cpu_table(laptop, request_)
+    ours = {f"sparsespec/{name}" for name in ("window", "quest", "first-last", "pillar", "triforce")}
+    assert names(plan) == {"plain/torch_native", *ours}
+    assert "Triton" in reasons(plan)["ngram"]
+    assert plan.jobs[0].target == request_.model
+    labels = " ".join(contender.label for contender in plan.jobs[0].contenders)
+    assert all(origin in labels for origin in ("MagicDec", "Quest", "Vegas", "TriForce", "SparseSpec"))
 
 
 @pytest.mark.parametrize("name", ["smoke", "paper", "vegas"])
@@ -196,6 +258,12 @@ def test_lossy_contenders_cannot_lose_their_label(option: str, h100: Machine, re
         ({"prompts": "x"}, "--prompts"),
         ({"named": ("pillar=",)}, "Another contender has this name"),
         ({"named": ("a=", "a=--x")}, "Another contender has this name"),
+        ({"named": ("triforce=--x",)}, "Another contender has this name"),
+        ({"shapes_given": ("qwen3-8b",)}, "--shapes is 'qwen3-8b'; it must be one of qwen3-1.7b with set core"),
+        (
+            {"accept_lengths_given": ("ngram",)},
+            "--accept-length is 'ngram'; it must be one of sparsespec with set core",
+        ),
     ],
 )
 def test_options_that_would_be_ignored_are_refused(
@@ -204,6 +272,39 @@ def test_options_that_would_be_ignored_are_refused(
     """An option that is accepted and ignored makes the wrong table."""
     with pytest.raises(ConfigError, match=complaint):
         sets.check("core", dataclasses.replace(request_, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu-table", "paper", "vegas"])
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"shapes_given": ("qwen3-8b",)}, "--shapes is 'qwen3-8b'; it must be left out"),
+        ({"accept_lengths_given": ("sparsespec",)}, "--accept-length is 'sparsespec'; it must be left out"),
+    ],
+    ids=["shapes", "accept-length"],
+)
+def test_sets_without_random_weights_take_no_shapes(
+    name: str, options: dict[str, object], complaint: str, request_: Request
+) -> None:
+    """They measure one model, at the acceptance that it has."""
+    with pytest.raises(ConfigError, match=complaint):
+        sets.check(name, dataclasses.replace(request_, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu-table", "gpu-table"])
+def test_sets_without_eagle3_take_no_draft(name: str, request_: Request) -> None:
+    """A draft model that nobody serves."""
+    with pytest.raises(ConfigError, match=f"--eagle3-draft is '/draft'; it must be left out with set {name}"):
+        sets.check(name, dataclasses.replace(request_, eagle3_draft="/draft"))
+
+
+def test_gpu_table_measures_every_shape_that_is_named(h100: Machine, request_: Request) -> None:
+    """A shape that was asked for and is in no table, nor among the skips."""
+    large = dataclasses.replace(h100, memory_bytes=139 << 30)
+    shapes = tuple(target for target in request_.shapes if target.name == "qwen3-14b")
+    plan = sets.gpu_table(large, dataclasses.replace(request_, shapes=shapes, shapes_given=("qwen3-14b",)))
+    assert "qwen3-14b" in {job.target.name for job in plan.jobs}
+    assert not any("14b" in what for what in reasons(plan))
 
 
 def test_full_has_every_schedule_of_a_policy(h100: Machine, request_: Request) -> None:

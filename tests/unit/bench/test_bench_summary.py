@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from bench_records import gate_record, turn_record
 
+from sglang_sparsespec.bench import plots
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
 from sglang_sparsespec.bench.model_check import check_all, plain_fit
 from sglang_sparsespec.bench.report import markdown
@@ -120,6 +121,20 @@ def test_a_lagging_client_does_not_slow_the_plain_server_of_the_model(job: Job) 
     assert fit == pytest.approx((2.0, 0.002))
 
 
+def test_turns_of_another_pool_are_another_row(job: Job) -> None:
+    """`--only` leaves scenes out, and the server then has a smaller pool and fewer places: not the same measurement."""
+    records = [gate_record(job, job.contenders[1])]
+    for pool, ours in ((1000, 150), (90_000, 300)):
+        for record in paired(job, [100], [ours]):
+            args = ["--dtype", "float32", "--max-total-tokens", str(pool), "--max-running-requests", "8"]
+            records.append({**record, "server_args": args})
+    found = [row for row in rows(records) if not row.is_baseline]
+    assert [(row.ratio, row.over_best_plain) for row in found] == [(1.5, 1.5), (3.0, 3.0)]
+    page = markdown(records)
+    assert "Server: pool of 1,000 tokens, at most 8 running." in page
+    assert "Server: pool of 90,000 tokens, at most 8 running." in page
+
+
 def test_records_of_another_context_stay_out(job: Job) -> None:
     """Numbers of two commits in one median belong to neither."""
     old = [{**record, "context": "before"} for record in paired(job, [1], [1])]
@@ -154,6 +169,29 @@ def test_page_tells_of_a_busy_machine(job: Job) -> None:
     """Ratios that were taken beside somebody else's work look like any others."""
     assert "not quiet" in markdown(paired(job, [100], [200], load_before=2.5))
     assert "not quiet" not in markdown(paired(job, [100], [200], load_before=0.9))
+
+
+def test_page_says_where_speculation_loses(job: Job) -> None:
+    """A table of ratios hides the cells below 1 among those above; and a rival that is ahead is a loss of ours."""
+    plain, ours = job.contenders
+    ngram = Contender("ngram", "SGLang NGRAM", ("--speculative-algorithm", "NGRAM"), 2.6)
+    records = [gate_record(job, ours), gate_record(job, ngram)]
+    for scene, speeds in zip(job.scenes, ((80.0, 70.0), (150.0, 190.0)), strict=True):
+        records.append(turn_record(job, plain, scene, tokens_per_s=100.0))
+        records += [
+            turn_record(job, who, scene, tokens_per_s=speed) for who, speed in zip((ours, ngram), speeds, strict=True)
+        ]
+    page = markdown(records)
+    losses = page[page.index("## Where speculation loses") : page.index("## Cost model")].splitlines()
+    assert losses[2] == "3 of 4 cells:"
+    title = "small, batch {} 64 prompt + 8 new, greedy: {}"
+    assert [line for line in losses if line.startswith("* ")] == [
+        "* " + title.format("2,", "policy pillar in our engine: 0.80 times the baseline"),
+        "* " + title.format("2,", "SGLang NGRAM: 0.70 times the baseline"),
+        "* " + title.format("4,", "policy pillar in our engine: 1.50 where SGLang NGRAM has 1.90"),
+    ]
+    assert "Nowhere on this page" in markdown([*paired(job, [100], [200]), gate_record(job, ours)])
+    assert "nothing can be said" in markdown(paired(job, [100], [50]))
 
 
 def test_page_of_nothing_still_lists_skips() -> None:
@@ -193,6 +231,40 @@ def test_model_stands_beside_the_measurement(job: Job) -> None:
     [check] = check_all(rows(sweep(long, our_extra_ms=20.0)), {"machine": "an unknown card"})[0]
     assert any(flag.startswith("round +") for flag in check.flags())
     assert "round +" in markdown(sweep(long, our_extra_ms=20.0))
+
+
+def test_round_stands_beside_the_cards_roofline(job: Job) -> None:
+    """The model's W and A are measured ones: a plain server that wastes the card flatters our round."""
+    long = dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4),))
+    records = sweep(long, our_extra_ms=0.0)
+    [check] = check_all(rows(records), {"machine": "NVIDIA H100 80GB HBM3"})[0]
+    assert check.roofline is not None
+    assert check.roofline_plain is not None
+    weights, kv = check.roofline_plain
+    assert check.roofline.draft_weights == pytest.approx(8 * weights)
+    assert check.roofline.verify_kv == pytest.approx(kv)
+    assert (check.roofline.draft_gaps, check.roofline.capture) == (0.0, 0.0)
+    assert 0 < check.roofline.total < check.model.total
+    heights = {}
+    for machine in ("NVIDIA H100 80GB HBM3", "an unknown card"):
+        found = check_all(rows(records), {"machine": machine})[0]
+        [(_, figure)] = plots._rounds(plots._pyplot(), found)
+        bars = [(round(bar.get_x() + 0.45, 3), bar.get_height()) for bar in figure.axes[0].patches]
+        heights[machine] = {place: sum(height for at, height in bars if at == place) for place, _ in bars}
+    on_card, elsewhere = heights.values()
+    assert on_card[0.0] == pytest.approx(check.roofline.total)
+    assert on_card[1.0] == pytest.approx(check.model.total)
+    assert set(elsewhere) == {1.0, 2.0}
+
+
+def test_model_is_not_applied_to_a_pool_that_is_too_small(job: Job) -> None:
+    """Requests that wait or start again take time that is in no round."""
+    small = dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4, pool_share=0.4),))
+    records = sweep(dataclasses.replace(job, scenes=(Scene(128, 512, 2600, num_slices=4),)), our_extra_ms=0.0)
+    for record in records:
+        record["scene"] = vars(small.scenes[0])
+    checks, notes = check_all(rows(records), {"machine": "an unknown card"})
+    assert (checks, len(notes)) == ([], 1)
 
 
 def test_model_is_not_applied_without_a_fill_sweep(job: Job) -> None:
