@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from sglang_sparsespec.bench.cells import Contender, Skip, is_lossy
+from sglang_sparsespec.bench.cells import Contender, Skip, is_lossy, lossy_names
 from sglang_sparsespec.bench.server import PLAIN_CPU_SERVER
 from sglang_sparsespec.config import SELECTIONS, SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
@@ -97,9 +97,9 @@ def named(machine: Machine, text: str, simulated: float) -> Contender:
 
 
 def _ours(name: str, label: str, args: tuple[str, ...], simulated: float) -> Contender:
-    """A contender of our engine; one whose output may differ says so in every table and plot."""
+    """A contender of our engine."""
     if is_lossy(args):
-        name, label = f"{name}-LOSSY", f"**LOSSY**: {label}"
+        name, label = lossy_names(name, label)
     return Contender(f"sparsespec/{name}", label, args, simulated)
 
 

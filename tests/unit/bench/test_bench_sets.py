@@ -147,9 +147,12 @@ def test_contenders_of_the_user_join_and_are_labelled(h100: Machine, request_: R
     assert ours.label == "--speculative-num-steps 4 in our engine"
 
 
-@pytest.mark.parametrize("option", ["--sparsespec-allow-lossy", "--sparsespec-allow-lossy=1"])
+@pytest.mark.parametrize(
+    "option",
+    ["--sparsespec-allow-lossy", "--sparsespec-allow-lossy=1", "--sparsespec-allow", "--sparsespec-al=1"],
+)
 def test_lossy_contenders_cannot_lose_their_label(option: str, h100: Machine, request_: Request) -> None:
-    """Named by the user, or made so by options for all of ours."""
+    """Named by the user, or made so by options for all of ours; argparse takes a prefix for the option."""
     named = sets.core(h100, dataclasses.replace(request_, named=(f"x={option}",))).jobs[0].contenders
     assert [c.name for c in named if "LOSSY" in c.name] == ["sparsespec/x-LOSSY"]
     every = sets.core(h100, dataclasses.replace(request_, spec_args=(option,))).jobs[0].contenders

@@ -51,6 +51,17 @@ def test_speedup_needs_a_green_gate(job: Job, gates: list[bool], refusal: str) -
     assert ("refused" in page) == bool(refusal)
 
 
+@pytest.mark.parametrize("said", [False, True])
+def test_what_a_server_says_of_itself_is_no_refusal(job: Job, said: bool) -> None:
+    """The runner's word in a record stands for an option that the arguments do not show."""
+    records = [*paired(job, [100], [300]), gate_record(job, job.contenders[1], ok=False)]
+    for record in records:
+        if said and not record.get("is_baseline"):
+            record["lossy"] = ["attention"]
+    assert (row_of(rows(records), job.contenders[1]).ratio is None) != said
+    assert ("**LOSSY**, as asked" in markdown(records)) == said
+
+
 @pytest.mark.parametrize("compared", [False, True])
 def test_a_lossy_contender_is_compared_and_named(job: Job, compared: bool) -> None:
     """Asked for, so not refused; but never without its label, nor without the comparison that shows the loss."""
