@@ -104,7 +104,8 @@ class SparseLayers:
     def _skip(self, module: torch.nn.Module, args: Any, chosen: Any) -> StandardTopKOutput:
         if not isinstance(chosen, StandardTopKOutput):
             raise HostContractError(f"{type(chosen).__name__} does not say which experts a token visits")
-        return skip_experts(chosen, self._rules.expert_thresholds)
+        num_shared = int(module.topk_config.num_fused_shared_experts)  # type: ignore[attr-defined,arg-type,union-attr]
+        return skip_experts(chosen, self._rules.expert_thresholds, num_shared)
 
 
 def _routed(router: TopK) -> int:
@@ -112,7 +113,9 @@ def _routed(router: TopK) -> int:
     return int(router.topk_config.top_k) - int(router.topk_config.num_fused_shared_experts)
 
 
-def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...]) -> StandardTopKOutput:
+def skip_experts(
+    chosen: StandardTopKOutput, thresholds: tuple[float, ...], num_shared: int = 0
+) -> StandardTopKOutput:
     """A router's choice without the experts that `skipped_experts` names, in the same shape.
 
     A skipped expert has weight 0. On a GPU its place in the list goes to the token's heaviest expert, whose weights are
@@ -123,12 +126,16 @@ def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...]) -> S
     Args:
         chosen: topk_weights and topk_ids, [num_tokens, top_k].
         thresholds: beta_1 .. beta_m.
+        num_shared: columns at the end that hold shared experts, which every token visits: they stay, and count in no
+            ratio.
     """
-    weights, ids = chosen.topk_weights, chosen.topk_ids
+    num_routed = chosen.topk_ids.shape[1] - num_shared
+    weights, ids = chosen.topk_weights[:, :num_routed], chosen.topk_ids[:, :num_routed]
     skipped = skipped_experts(weights, thresholds)
     if ids.device.type != "cpu":
         ids = reading_no_others(ids, weights, skipped)
-    return chosen._replace(topk_weights=without_skipped(weights, skipped), topk_ids=ids)
+    kept = torch.cat([without_skipped(weights, skipped), chosen.topk_weights[:, num_routed:]], dim=1)
+    return chosen._replace(topk_weights=kept, topk_ids=torch.cat([ids, chosen.topk_ids[:, num_routed:]], dim=1))
 
 
 def reading_no_others(ids: torch.Tensor, weights: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:

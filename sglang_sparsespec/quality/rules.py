@@ -89,12 +89,19 @@ class Rules:
         logits, weights, indices = output
         if self.setting.moe_top_k:
             skipped = smaller_top_k(weights, self.setting.moe_top_k)
+            if not getattr(router, "norm_topk_prob", True):
+                # a router that chooses fewer weighs them as before; only one that normalises lets them grow
+                self._note_experts(skipped)
+                return logits, weights.masked_fill(skipped, 0), indices
         else:
             skipped = skipped_experts(weights, self.setting.moe_thresholds)
-        self.kept["experts"].append(1.0 - skipped.double().mean().item())
+        self._note_experts(skipped)
         # a token that skips nothing keeps its weights to the bit
         changed = skipped.any(1, keepdim=True)
         return logits, torch.where(changed, without_skipped(weights, skipped), weights), indices
+
+    def _note_experts(self, skipped: torch.Tensor) -> None:
+        self.kept["experts"].append(1.0 - skipped.double().mean().item())
 
 
 def observe_weights(model: PagedModel, observe: Callable[[torch.Tensor], None]) -> list[Any]:

@@ -147,6 +147,31 @@ def test_light_experts_are_skipped() -> None:
     torch.testing.assert_close(found, block.weigh(x, weights), atol=1e-4, rtol=1e-4)
 
 
+def test_shared_experts_are_never_skipped() -> None:
+    """Every token visits them, so SGLang puts them behind the chosen ones, often with a small weight: they would be the
+    first to go."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    weights = torch.tensor([[0.6, 0.3, 0.1, 0.05], [0.4, 0.35, 0.35, 0.5]])
+    ids = torch.tensor([[2, 5, 1, 8], [0, 3, 4, 8]], dtype=torch.int32)
+    chosen = StandardTopKOutput(weights, ids, torch.empty(0))
+    block = Block()
+    config = block.topk.topk_config
+    block.topk.forward = lambda *_: chosen
+    for num_shared, skips in ((1, [[2], []]), (0, [[3], []])):
+        config.num_fused_shared_experts = num_shared
+        with layers(block, expert_thresholds=(0.2,)).applied():
+            found = block.topk(None, None)
+        assert [row.nonzero()[:, 0].tolist() for row in found.topk_weights == 0] == skips
+        assert torch.equal(found.topk_ids, ids)
+        torch.testing.assert_close(found.topk_weights[1], weights[1])
+    # the routed ones grow to their own sum
+    config.num_fused_shared_experts = 1
+    with layers(block, expert_thresholds=(0.2,)).applied():
+        found = block.topk(None, None)
+    torch.testing.assert_close(found.topk_weights[0], torch.tensor([2 / 3, 1 / 3, 0.0, 0.05]))
+
+
 def test_ids_on_a_gpu_name_no_further_expert() -> None:
     """An expert that only skipped places name would be read for nothing; one that is kept must not lose its place."""
     from sglang_sparsespec.adapter.sparse_layers import reading_no_others

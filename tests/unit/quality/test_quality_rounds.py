@@ -203,6 +203,17 @@ def test_fewer_experts_are_a_model_with_fewer_experts(kind: str, tiny_moe_paths:
     assert not torch.allclose(fewer, dense, atol=1e-2)
 
 
+def test_fewer_experts_keep_the_weights_of_a_router_that_does_not_normalise(tiny_moe_paths: dict[str, Path]) -> None:
+    """Weights that grow to the old sum are another model than the server's, whose router just chooses fewer."""
+    model, requests, ahead, _ = load(tiny_moe_paths["qwen3-moe"])
+    for router in routers(model.model):
+        router.norm_topk_prob = False
+    fewer = walk(model, Setting(num_steps=3, moe_top_k=2), requests, ahead)
+    for router in routers(model.model):
+        router.top_k = 2
+    torch.testing.assert_close(fewer, walk(model, Setting(num_steps=3), requests, ahead), atol=1e-4, rtol=1e-4)
+
+
 def test_rules_that_a_model_has_no_layers_for(tiny_qwen3_path: Path, tiny_moe_paths: dict[str, Path]) -> None:
     """A rule without effect would be reported as one without loss."""
     dense, moe = load(tiny_qwen3_path)[0], load(tiny_moe_paths["mixtral"])[0]
