@@ -210,7 +210,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_ngram_assist(config)
     _check_layers(server_args.get_model_config(), config)
     if config.verify_sparsity:
-        _check_verify_sparsity(server_args, config)
+        _check_verify_sparsity(config)
         _check_label(server_args)
         _check_anchors(server_args.get_model_config(), config)
     if config.profile is not None:
@@ -323,7 +323,7 @@ def _check_schedule(config: SparseSpecConfig) -> None:
         )
 
 
-def _check_verify_sparsity(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+def _check_verify_sparsity(config: SparseSpecConfig) -> None:
     if config.verify_attention != "fused":
         raise ConfigError(
             "--sparsespec-verify-sparsity",
@@ -333,18 +333,13 @@ def _check_verify_sparsity(server_args: ServerArgs, config: SparseSpecConfig) ->
             "Only our own verify leaves anything out. Use --sparsespec-verify-attention fused with a policy that "
             "scores by all queries of a verify, or by none.",
         )
-    is_stored = isinstance(POLICIES[config.selection](config), SelectionPolicy)
-    # each is expected to work; whoever tests one takes it out
-    untested = (
-        ("--tp-size", server_args.tp_size, "1", server_args.tp_size == 1),
-        ("--sparsespec-adaptive", config.adaptive, "left out", not config.adaptive),
-        ("--sparsespec-host-memory-gb", config.host_memory_gb, "0", config.host_memory_gb == 0),
-        ("--sparsespec-selection", config.selection, "pillar, window or random", is_stored),
-    )
-    for option, value, allowed, is_tested in untested:
-        if not is_tested:
-            allowed = f"{allowed} with --sparsespec-verify-sparsity"
-            raise ConfigError(option, value, allowed, "The two have not been tested together. Leave one of them out.")
+    if not isinstance(POLICIES[config.selection](config), SelectionPolicy):
+        raise ConfigError(
+            "--sparsespec-selection",
+            config.selection,
+            "pillar, window or random with --sparsespec-verify-sparsity",
+            "The two have not been tested together. Leave one of them out.",
+        )
 
 
 def _check_label(server_args: ServerArgs) -> None:

@@ -450,7 +450,9 @@ class SparseSpecWorker(BaseSpecWorker):
     def _verify_fused(self, batch: ScheduleBatch, plan: RoundPlan, chain: torch.Tensor) -> LogitsProcessorOutput:
         # at a width that was captured; what a request has no token for is padding
         num_reqs, num_tokens = chain.shape
-        forwards = self._sparse_forwards if plan.is_sparse else self._verify_forwards
+        # where no context is long enough to lose anything, choosing all of it would cost and gain nothing
+        is_sparse = plan.is_sparse and plan.max_committed_len > self.config.dense_up_to
+        forwards = self._sparse_forwards if is_sparse else self._verify_forwards
         width = min(width for width in forwards if width >= num_tokens)
         self._static.set_chain(chain, plan.batch_size)
         self._bound_verify(plan)
@@ -649,7 +651,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
         has_sparse = bool(self.config.verify_sparsity)
-        has_dense = not has_sparse or self.config.dense_verify_every > 0
+        has_dense = self.config.has_dense_verify
         self._verify_forwards = self._make_verifies(batch_sizes, is_sparse=False) if has_dense else {}
         self._sparse_forwards = self._make_verifies(batch_sizes, is_sparse=True) if has_sparse else {}
         if self.config.has_unified:
