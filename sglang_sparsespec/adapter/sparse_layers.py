@@ -104,7 +104,7 @@ class SparseLayers:
     def _skip(self, module: torch.nn.Module, args: Any, chosen: Any) -> StandardTopKOutput:
         if not isinstance(chosen, StandardTopKOutput):
             raise HostContractError(f"{type(chosen).__name__} does not say which experts a token visits")
-        num_shared = int(module.topk_config.num_fused_shared_experts)  # type: ignore[attr-defined,arg-type,union-attr]
+        num_shared = int(module.topk_config.num_fused_shared_experts)  # type: ignore[arg-type,union-attr]
         return skip_experts(chosen, self._rules.expert_thresholds, num_shared)
 
 
@@ -113,9 +113,7 @@ def _routed(router: TopK) -> int:
     return int(router.topk_config.top_k) - int(router.topk_config.num_fused_shared_experts)
 
 
-def skip_experts(
-    chosen: StandardTopKOutput, thresholds: tuple[float, ...], num_shared: int = 0
-) -> StandardTopKOutput:
+def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...], num_shared: int = 0) -> StandardTopKOutput:
     """A router's choice without the experts that `skipped_experts` names, in the same shape.
 
     A skipped expert has weight 0. On a GPU its place in the list goes to the token's heaviest expert, whose weights are

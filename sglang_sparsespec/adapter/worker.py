@@ -46,7 +46,7 @@ from sglang_sparsespec.adapter.unified_state import UnifiedState
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
-from sglang_sparsespec.sparsity.anchors_file import read_anchors
+from sglang_sparsespec.sparsity.anchors_file import read_anchors, weights_digest
 from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
 if TYPE_CHECKING:
@@ -685,8 +685,19 @@ class SparseSpecWorker(BaseSpecWorker):
         rule = block_rule(self.config)
         if rule is None:
             return FusedVerify(self._model_runner, self._policy, self._store, num_columns)
-        anchors = None if self.config.verify_anchors is None else read_anchors(self.config.verify_anchors).anchors
+        anchors = None if self.config.verify_anchors is None else self._read_anchors(self.config.verify_anchors)
         return SparseVerify(self._model_runner, self._policy, self._store, num_columns, rule=rule, anchors=anchors)
+
+    def _read_anchors(self, path: str) -> tuple[int, ...]:
+        found, model = read_anchors(path), self._model_runner.model_config
+        if self._host_ranks.leads:
+            # the digest is of the first head, which is rank 0's
+            if found.calibration is not None:
+                found.check_weights(weights_digest(self._model_runner.model, model.num_hidden_layers, model.head_dim))
+            doubts = found.doubts(self.config.verify_kv_ratio, self.config.verify_dense_below)
+            if doubts:
+                logger.warning("SPARSESPEC: the anchors of %s are %s.", path, doubts)
+        return found.anchors
 
     def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:
         req_to_token = self.req_to_token_pool.req_to_token

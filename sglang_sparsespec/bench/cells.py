@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,6 +98,14 @@ class Contender:
             if arg == name and i + 1 < len(self.args):
                 return self.args[i + 1]
         return None
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """All values of a server argument that takes several; empty without it."""
+        if name not in self.args:
+            value = self.option(name)
+            return () if value is None else (value,)
+        rest = self.args[self.args.index(name) + 1 :]
+        return tuple(itertools.takewhile(lambda word: not word.startswith("--"), rest))
 
 
 @dataclass(frozen=True)

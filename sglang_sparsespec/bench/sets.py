@@ -26,6 +26,7 @@ FILL_TOKENS = {"qwen3-1.7b": 400_000, "qwen3-8b": 380_000, "qwen3-14b": 250_000,
 LARGE_FILL_TOKENS = {"qwen3-30b-a3b": 500_000}
 """The same where there are LARGE_MEMORY bytes, of shapes whose weights leave little of 80 GB: 98 KB a token."""
 LARGE_MEMORY = 120 << 30
+LOSSY_SHAPES = ("qwen3-8b", "qwen3-30b-a3b")
 MIN_PROMPT_TOKENS = 16
 
 
@@ -38,6 +39,8 @@ class Request:
     no_model: str = "there is no real model here: ./scripts/quickstart.sh makes one, or --model PATH names one"
     """Why `model` is None, if it is."""
     shapes: tuple[Target, ...] = ()
+    anchors: dict[str, str] = field(default_factory=dict)
+    """By shape: an anchors file, for set lossy."""
     tiny: Target | None = None
     eagle3_draft: str | None = None
     spec_args: tuple[str, ...] = ()
@@ -176,11 +179,31 @@ def workload(name: str, machine: Machine, request: Request) -> Plan:
     return _fitting(machine, [_job(request, request.model, members, (scene,))], skips)
 
 
+def lossy(machine: Machine, request: Request) -> Plan:
+    """What sparse verification gains where it could: long contexts, on shapes; its output is another matter."""
+    if not machine.has_gpu:
+        return _needs_gpu("lossy")
+    length = request.accept_lengths["sparsespec"]
+    jobs, skips = [], []
+    for target in request.shapes:
+        if target.name not in LOSSY_SHAPES:
+            skips.append(Skip(target.name, f"set lossy measures {' and '.join(LOSSY_SHAPES)}"))
+            continue
+        anchors = who.lossy(machine, target.shape, request.anchors[target.name], length)
+        # two fills of each batch: the cost model takes W and A from the line between them
+        scenes = tuple(scene for batch in (32, 8) for scene in fills(target.name, machine, batch, parts=(1, 4)))
+        # by itself, for what shapes leave out is not what a real model's weights would
+        alone = dataclasses.replace(request, model=None)
+        jobs.append(_job(alone, target, (*_pair(machine, request), *anchors), scenes))
+    return _fitting(machine, jobs, skips)
+
+
 SETS: dict[str, Callable[[Machine, Request], Plan]] = {
     "smoke": smoke,
     "core": core,
     "full": full,
     "gpu-table": gpu_table,
+    "lossy": lossy,
     "paper": lambda machine, request: workload("paper", machine, request),
     "vegas": lambda machine, request: workload("vegas", machine, request),
 }

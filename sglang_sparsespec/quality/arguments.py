@@ -66,6 +66,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_common(calibrated, requests=8, new_tokens=72)
     calibrated.add_argument("--write", type=Path, required=True, metavar="FILE", help="the anchors file")
     calibrated.add_argument("--num-anchors", type=int, required=True, help="layers that choose for themselves")
+    calibrated.add_argument(
+        "--evenly-spaced",
+        action="store_true",
+        help="do not calibrate: layers at equal distances, for a shape without weights; the file says so",
+    )
     for name in ("num_steps", "dense_below", "block_size", "attention_ratio"):
         kind, default, text = next(rest for field, *rest in CROSSED if field == name)
         value = 0.25 if name == "attention_ratio" else default[0]

@@ -10,7 +10,13 @@ from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.quality import arguments, plot, report
 from sglang_sparsespec.quality.arguments import CROSSED
 from sglang_sparsespec.quality.settings import Setting, cross, option
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import (
+    NOT_CALIBRATED,
+    Calibration,
+    evenly_spaced,
+    weights_digest,
+    write_anchors,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -114,6 +120,9 @@ def run_measure(args: argparse.Namespace) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
+    if args.evenly_spaced:
+        write_evenly_spaced(args)
+        return
     setting = Setting(args.num_steps, args.attention_ratio, args.dense_below, args.block_size)
     if not setting.thins_attention:
         raise ConfigError(option("attention_ratio"), 1.0, "below 1", "With 1 every layer chooses everything.")
@@ -131,6 +140,11 @@ def run_calibrate(args: argparse.Namespace) -> None:
         model=model.model.config.to_dict(),
         block_size=args.block_size,
         anchors=found.anchors(args.num_anchors),
+        calibration=Calibration(
+            weights=weights_digest(model.model, model.num_layers, model.head_dim),
+            ratio=args.attention_ratio,
+            dense_below=args.dense_below,
+        ),
     )
     reused = found.with_anchor(file.sources())
     print(report.similarity_table(found))
@@ -153,6 +167,16 @@ def run_calibrate(args: argparse.Namespace) -> None:
         "median_expert_ratios": [round(median, 4) for median in medians],
     }
     append(args, [record])
+
+
+def write_evenly_spaced(args: argparse.Namespace) -> None:
+    """Anchors from the configuration alone: no weights are read, and the file says so."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    anchors = evenly_spaced(int(config.num_hidden_layers), args.num_anchors)
+    write_anchors(args.write, model=config.to_dict(), block_size=args.block_size, anchors=anchors)
+    say(f"anchors {' '.join(map(str, anchors))}, {NOT_CALIBRATED}, in {args.write}")
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:

@@ -120,9 +120,7 @@ def worst_gaps(
     return found
 
 
-def test_every_token_is_the_rule_s(
-    watched: tuple[Server, Path], name: str, model_path: Path, setting: Setting
-) -> None:
+def test_every_token_is_the_rule_s(watched: tuple[Server, Path], name: str, model_path: Path, setting: Setting) -> None:
     """A block, channel or expert too many or too few, blocks of another request or head, an anchor's lists in the wrong
     layer, a dense round that was sparse: all of it is another text, and looks as good."""
     server, folder = watched

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import Calibration, weights_digest, write_anchors
 from tests.e2e.conftest import TINY_ENV
 from tests.support import watched_rounds, workload
 from tests.support.server import Server
@@ -44,11 +44,19 @@ def server(
     tiny_model: Path, parity_record: ParityRecord, rounds_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     # parity_record first: the reference server is gone before this one starts
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
     anchors = tmp_path_factory.mktemp("anchors") / "anchors.json"
-    model = AutoConfig.from_pretrained(tiny_model).to_dict()
-    write_anchors(anchors, model=model, block_size=16, anchors=[0, 2])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # of the same checkpoint, read by another library
+    weights = weights_digest(model, model.config.num_hidden_layers, model.config.head_dim)
+    write_anchors(
+        anchors,
+        model=model.config.to_dict(),
+        block_size=16,
+        anchors=[0, 2],
+        calibration=Calibration(weights=weights, ratio=0.5, dense_below=DENSE_BELOW),
+    )
     args = [*OURS.split(), *LOSSY.split(), "--sparsespec-verify-anchors", str(anchors)]
     env = {**TINY_ENV, watched_rounds.FILE: str(rounds_file)}
     command = [sys.executable, "-m", "tests.support.watched_rounds"]
@@ -90,6 +98,7 @@ def test_short_contexts_are_verified_densely(server: Server, rounds_file: Path) 
 def test_server_says_lossy_at_start_and_when_asked(server: Server) -> None:
     """An operator looks at the log, /server_info or a dashboard, and never at a response."""
     assert "SPARSESPEC is LOSSY: verifies leave out attention" in server.log_text()
+    assert f"anchors.json are calibrated with rho 0.5 and L0 {DENSE_BELOW}." in server.log_text()
     shown = server.get("/server_info")
     assert shown["sparsespec_config"]["verify_sparsity"] == ["attention"]
     lossy = shown["internal_states"][0]["sparsespec"]["lossy"]

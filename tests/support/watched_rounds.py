@@ -33,7 +33,9 @@ class Round(NamedTuple):
 def rounds_of(file: Path, rid: str) -> list[Round]:
     """The rounds of the request with this `rid`, in order."""
     lines = map(json.loads, file.read_text().splitlines())
-    return [Round(*line["requests"][rid], line["is_sparse"], line["verify"]) for line in lines if rid in line["requests"]]
+    return [
+        Round(*line["requests"][rid], line["is_sparse"], line["verify"]) for line in lines if rid in line["requests"]
+    ]
 
 
 def install(file: Path) -> None:

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapter": {"errors", "config", "request_options", "ops", "speculation", "selection", "sparsity", "kv", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "sparsity", "kv", "patches", "adapter"},
     "model_tools": set(),
-    "bench": {"errors", "config", "model_tools"},
+    "bench": {"errors", "config", "model_tools", "sparsity"},
     "kernels": set(),
 }
 MAY_IMPORT_SGLANG = {"adapter", "patches"}

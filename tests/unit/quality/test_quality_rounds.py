@@ -18,7 +18,7 @@ from sglang_sparsespec.quality.rounds import VerifyRound
 from sglang_sparsespec.quality.rules import routers
 from sglang_sparsespec.quality.settings import Setting
 from sglang_sparsespec.quality.walk import Requests, Verifier
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import Calibration, write_anchors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,6 +158,10 @@ def test_layers_read_what_their_anchor_chose(tiny_qwen3_path: Path, tmp_path: Pa
     assert sorted(verify.kept) == [0, 2]
     with pytest.raises(ConfigError, match="block_size"):
         Verifier(model, Setting(**{**SPARSE, "block_size": 16}, anchors=every))
+    other = Calibration(weights="0" * 16, ratio=0.1, dense_below=32)
+    write_anchors(every, model=config, block_size=8, anchors=(0, 1, 2), calibration=other)
+    with pytest.raises(ConfigError, match="its weights"):
+        Verifier(model, Setting(**SPARSE, anchors=every))
 
 
 def test_each_nth_round_is_dense(tiny_qwen3_path: Path) -> None:
