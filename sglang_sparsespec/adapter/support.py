@@ -213,6 +213,7 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
         _check_verify_sparsity(config)
         _check_label(server_args)
         _check_anchors(server_args.get_model_config(), config)
+        _check_ranks(server_args, config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -279,19 +280,12 @@ def _check_layers(model: ModelConfig, config: SparseSpecConfig) -> None:
         if value > most:
             advice = "Its tokens visit no more experts than that. Lower it."
             raise ConfigError(option, value, f"0 to {most} for this model", advice)
-    for option, threshold, instead in (
-        ("--sparsespec-draft-ffn-threshold", config.draft_ffn_threshold, "--sparsespec-draft-experts"),
-        ("--sparsespec-verify-ffn-threshold", config.verify_ffn_threshold, "--sparsespec-verify-sparsity moe"),
+    for option, threshold in (
+        ("--sparsespec-draft-ffn-threshold", config.draft_ffn_threshold),
+        ("--sparsespec-verify-ffn-threshold", config.verify_ffn_threshold),
     ):
         if threshold == 0:
             continue
-        if experts > 0:
-            raise ConfigError(
-                option,
-                threshold,
-                "0 with a mixture of experts",
-                f"Channels of experts stay inside a fused kernel. Use {instead}.",
-            )
         activation = getattr(model.hf_text_config, "hidden_act", None)
         if activation != "silu":
             raise ConfigError(
@@ -339,6 +333,18 @@ def _check_verify_sparsity(config: SparseSpecConfig) -> None:
             config.selection,
             "pillar, window or random with --sparsespec-verify-sparsity",
             "The two have not been tested together. Leave one of them out.",
+        )
+
+
+def _check_ranks(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    """Blocks are chosen per KV head: the rule of one rank needs whole heads on each."""
+    num_heads = server_args.get_model_config().get_total_num_kv_heads()
+    if "attention" in config.verify_sparsity and server_args.tp_size > num_heads:
+        raise ConfigError(
+            "--tp-size",
+            server_args.tp_size,
+            f"at most {num_heads}, the model's KV heads, with --sparsespec-verify-sparsity attention",
+            "Ranks with copies of a head would choose by their own queries each, which is another rule. Lower it.",
         )
 
 
