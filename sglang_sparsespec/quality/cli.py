@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -169,6 +170,23 @@ def run_calibrate(args: argparse.Namespace) -> None:
     append(args, [record])
 
 
+def run_plot(args: argparse.Namespace) -> None:
+    lines = args.records.read_text().splitlines()
+    found = [report.quality_of(record) for record in map(json.loads, lines) if "kl_by_text" in record]
+    default = {"attention_ratio": 1.0}.get(args.only, 0)
+    chosen = [
+        quality
+        for quality in found
+        if not args.only or quality.setting.is_dense or getattr(quality.setting, args.only) not in (default, ())
+    ]
+    sparse = [quality for quality in chosen if not quality.setting.is_dense]
+    # runs are appended to one file, each with a dense setting of its own
+    chosen = [*[quality for quality in chosen if quality.setting.is_dense][:1], *sparse]
+    if not sparse:
+        raise ConfigError("FILE", str(args.records), "records of settings that leave something out", "Measure some.")
+    plot.draw(chosen, args.plot)
+
+
 def write_evenly_spaced(args: argparse.Namespace) -> None:
     """Anchors from the configuration alone: no weights are read, and the file says so."""
     from transformers import AutoConfig
@@ -204,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse(argv)
     try:
         arguments.check(args)
-        {"measure": run_measure, "calibrate": run_calibrate}[args.command](args)
+        {"measure": run_measure, "calibrate": run_calibrate, "plot": run_plot}[args.command](args)
     except ValueError as error:
         say(f"error: {error}")
         return 2

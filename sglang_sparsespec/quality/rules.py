@@ -33,7 +33,7 @@ class _Replaced:
     def __init__(self, module: torch.nn.Module, forward: Callable[..., torch.Tensor]) -> None:
         self._module = module
         # an attribute of the instance hides the method of its class
-        module.forward = partial(forward, module)  # type: ignore[method-assign]
+        module.forward = partial(forward, module)
 
     def remove(self) -> None:
         del self._module.__dict__["forward"]
@@ -100,7 +100,7 @@ class Rules:
     def _run_experts(
         self, experts: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """What the experts of a layer add up to, without small channels: hidden states [T, hidden] by the chosen experts
+        """What a layer's experts add up to without small channels: hidden states [T, hidden] by the experts of a token
         [T, K] and their weights [T, K]."""
         out = torch.zeros_like(hidden_states)
         shares = []

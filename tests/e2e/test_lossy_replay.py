@@ -47,7 +47,7 @@ SERVERS = {
     "attention-moe-ranks": "--sparsespec-verify-sparsity attention moe --sparsespec-verify-expert-thresholds 0.12 0.45 "
     "--tp-size 2",
 }
-LONG = ("attention-moe-ranks",)
+LONG = ("attention-moe", "attention-moe-ranks")
 SETTINGS = {
     "attention-ffn": Setting(num_steps=4, attention_ratio=0.3, dense_below=64, ffn_threshold=0.02),
     "attention-moe": Setting(num_steps=4, attention_ratio=0.3, dense_below=64, moe_thresholds=(0.12, 0.45)),

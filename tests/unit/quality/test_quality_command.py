@@ -58,6 +58,7 @@ def test_from_calibration_to_a_picture(
     [record] = [json.loads(line) for line in lines.read_text().splitlines()]
     assert record["anchors"] == list(file.anchors)
     assert len(record["similarity"]) == 3
+    assert cli.main(["plot", str(lines), "--plot", str(picture)]) == 2
     lines.unlink()
 
     options = ["--attention-ratio", "1", "0.1", "--anchors", EVERY_LAYER, str(anchors), "--ffn-threshold", "0", "0.1"]
@@ -68,7 +69,17 @@ def test_from_calibration_to_a_picture(
     assert len({row.count("|") for row in rows}) == 1
     assert "anchors anchors.json" in rows[-1]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.png"
+    assert cli.main(["plot", str(lines), "--plot", str(again)]) == 0
+    drawn = again.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "ffn_threshold"]) == 0
+    assert again.read_bytes() != drawn
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "moe_top_k"]) == 2
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "moe_topk"]) == 2
     records = [json.loads(line) for line in lines.read_text().splitlines()]
+    # what is drawn from a record is what it says
+    assert all(report.records([report.quality_of(record)], {})[0].items() <= record.items() for record in records)
     assert [record["lossy"] for record in records] == [False] + [True] * 5
     dense, *others = records
     assert dense["kl_by_text"] == [0.0, 0.0]
