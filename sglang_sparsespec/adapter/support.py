@@ -210,10 +210,9 @@ def check_supported(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     _check_ngram_assist(config)
     _check_layers(server_args.get_model_config(), config)
     if config.verify_sparsity:
-        _check_verify_sparsity(config)
+        _check_verify_sparsity(server_args, config)
         _check_label(server_args)
         _check_anchors(server_args.get_model_config(), config)
-        _check_ranks(server_args, config)
     if config.profile is not None:
         check_path(config.profile)
 
@@ -317,7 +316,7 @@ def _check_schedule(config: SparseSpecConfig) -> None:
         )
 
 
-def _check_verify_sparsity(config: SparseSpecConfig) -> None:
+def _check_verify_sparsity(server_args: ServerArgs, config: SparseSpecConfig) -> None:
     if config.verify_attention != "fused":
         raise ConfigError(
             "--sparsespec-verify-sparsity",
@@ -327,25 +326,17 @@ def _check_verify_sparsity(config: SparseSpecConfig) -> None:
             "Only our own verify leaves anything out. Use --sparsespec-verify-attention fused with a policy that "
             "scores by all queries of a verify, or by none.",
         )
-    if not isinstance(POLICIES[config.selection](config), SelectionPolicy):
-        raise ConfigError(
-            "--sparsespec-selection",
-            config.selection,
-            "pillar, window or random with --sparsespec-verify-sparsity",
-            "The two have not been tested together. Leave one of them out.",
-        )
-
-
-def _check_ranks(server_args: ServerArgs, config: SparseSpecConfig) -> None:
-    """Blocks are chosen per KV head: the rule of one rank needs whole heads on each."""
-    num_heads = server_args.get_model_config().get_total_num_kv_heads()
-    if "attention" in config.verify_sparsity and server_args.tp_size > num_heads:
-        raise ConfigError(
-            "--tp-size",
-            server_args.tp_size,
-            f"at most {num_heads}, the model's KV heads, with --sparsespec-verify-sparsity attention",
-            "Ranks with copies of a head would choose by their own queries each, which is another rule. Lower it.",
-        )
+    is_stored = isinstance(POLICIES[config.selection](config), SelectionPolicy)
+    # each is expected to work; whoever tests one takes it out
+    untested = (
+        ("--tp-size", server_args.tp_size, "1", server_args.tp_size == 1),
+        ("--sparsespec-host-memory-gb", config.host_memory_gb, "0", config.host_memory_gb == 0),
+        ("--sparsespec-selection", config.selection, "pillar, window or random", is_stored),
+    )
+    for option, value, allowed, is_tested in untested:
+        if not is_tested:
+            allowed = f"{allowed} with --sparsespec-verify-sparsity"
+            raise ConfigError(option, value, allowed, "The two have not been tested together. Leave one of them out.")
 
 
 def _check_label(server_args: ServerArgs) -> None:
