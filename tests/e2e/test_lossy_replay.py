@@ -100,7 +100,7 @@ def worst_gaps(
     found = []
     for payload, output in zip(sent, outputs, strict=True):
         rounds = rounds_of(file, payload["rid"])
-        found.append(max(replay(model, setting, payload["input_ids"], output["output_ids"], rounds).gaps))
+        found.append(max(replay(model, setting, payload["input_ids"], output["output_ids"], rounds)))
     return found
 
 

@@ -6,7 +6,7 @@ The explorer (`quality/`) runs a transformers model and masks what a verify does
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,26 +22,20 @@ if TYPE_CHECKING:
     from tests.support.watched_rounds import Round
 
 
-class Replay(NamedTuple):
-    """How a server's tokens stand in the replay."""
-
-    gaps: list[float]
-    """By token: the best logit less that of the server's token; 0 where it is the best one."""
-    read_share: float
-    """Of the committed KV, mean over sparse rounds; 1 without any."""
-
-
 def replay(
     model: PagedModel, setting: Setting, prompt: Sequence[int], output: Sequence[int], rounds: Sequence[Round]
-) -> Replay:
+) -> list[float]:
     """Run a request again: a dense prefill, then each round with the tokens that the server accepted in it.
 
     What was rejected leaves no trace: its KV is overwritten by the next round.
+
+    Returns:
+        By token of the output: the best logit less that of the server's token; 0 where it is the best one.
     """
     model.allocate(1, len(prompt) + len(output) + 1)
     first = prefill(model, [list(prompt)], keep=1).next_logits
     gaps = [_gap(first[0], output[0])]
-    rules, shares = Rules(model, setting), []
+    rules = Rules(model, setting)
     for committed_len, accept_len, is_sparse, _ in rounds:
         start = committed_len - len(prompt)
         assert start == len(gaps) - 1, "rounds follow each other"
@@ -61,10 +55,9 @@ def replay(
         )
         with rules if is_sparse else nullcontext():
             logits = verify.feed(fed, positions)[0]
-        shares += [verify.read_share()] if is_sparse else []
         gaps += [_gap(row, token) for row, token in zip(logits, wanted, strict=True)]
     assert len(gaps) == len(output), "a token that no round wrote"
-    return Replay(gaps, sum(shares) / len(shares) if shares else 1.0)
+    return gaps
 
 
 def _gap(logits: torch.Tensor, token: int) -> float:
