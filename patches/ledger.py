@@ -50,7 +50,7 @@ class Patch:
     scope: Scope
     """`always`: on load. `cpu`: on load, on a machine without an accelerator. `sparsespec`: with the algorithm only.
     `offload`: with the algorithm and `--sparsespec-host-memory-gb` above 0, in scheduler processes.
-    `lossy`: with the algorithm and `--sparsespec-verify-sparsity`, in the parent process."""
+    `lossy`: with the algorithm and `--sparsespec-verify-sparsity`, in the process that answers clients."""
     kind: Kind
     replacement: Any
     """Hook function (see SGLang's HookType), replacing class, or new value."""

@@ -274,6 +274,16 @@ class SparseSpecConfig:
             return False
         return self.dense_verify_every == 0 or round_ct % self.dense_verify_every != 0
 
+    @property
+    def dense_up_to(self) -> int:
+        """Committed tokens up to which a sparse verify would leave nothing out, and the dense one runs; -1: none."""
+        return self.verify_dense_below if self.verify_sparsity == ("attention",) else -1
+
+    @property
+    def has_dense_verify(self) -> bool:
+        """Whether some verifies are the model's own: beside sparse ones, or all of them."""
+        return not self.verify_sparsity or self.dense_verify_every > 0 or self.dense_up_to > 0
+
     def describe_loss(self) -> dict[str, object]:
         """What makes the output of a server another one than the model's, for people; empty if nothing does."""
         if not self.verify_sparsity:

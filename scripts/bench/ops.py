@@ -19,18 +19,27 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.adapter.fused_verify import FusedPlan
 from sglang_sparsespec.adapter.side_stream import SideStream
+from sglang_sparsespec.adapter.sparse_verify import SparseVerify
 from sglang_sparsespec.bench.provenance import provenance
+from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.ops.block_scores import block_scores
 from sglang_sparsespec.ops.paged_attention import paged_attention
 from sglang_sparsespec.ops.row_stats import row_stats
 from sglang_sparsespec.ops.sample_rows import sample_rows
 from sglang_sparsespec.ops.score_capture import capture_scores
 from sglang_sparsespec.ops.select_positions import select_positions
 from sglang_sparsespec.ops.sparse_decode import sparse_decode
+from sglang_sparsespec.selection import POLICIES
+from sglang_sparsespec.selection.store import SelectionStore
+from sglang_sparsespec.sparsity.attention import num_kept_blocks
+from sglang_sparsespec.sparsity.block_lists import BlockRule, list_positions
 from sglang_sparsespec.speculation.phases import load_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,6 +309,56 @@ def flashinfer_verify(q: torch.Tensor, pool: Pool, shape: Shape) -> Callable[[],
     return lambda: wrapper.run(flat, (k, v))
 
 
+def sparse_verify_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    """A layer of a sparse verify (lossy): an anchor, which scores and chooses blocks, and one that reuses its choice.
+
+    Bytes: K of the context to score it, K and V of the blocks that are read.
+    """
+    pool = make_pool(shape, batch, length, device)
+    rule = BlockRule(ratio=0.25, dense_below=min(1024, length // 4), block_size=16)
+    kv_pool = SimpleNamespace(
+        head_num=shape.num_kv_heads, get_key_buffer=lambda _: pool.k, get_value_buffer=lambda _: pool.v
+    )
+    runner: Any = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=pool.req_to_token), token_to_kv_pool=kv_pool
+    )
+    config = SparseSpecConfig(selection="window")
+    store = SelectionStore(num_layers=2, num_rows=batch, num_heads=1, max_budget=config.min_budget, device=device)
+    verify = SparseVerify(runner, POLICIES["window"](config), store, batch * length, rule=rule, anchors=[0])
+    num_queries = torch.full_like(pool.lens, NUM_DRAFT_TOKENS)
+    max_len = pool.req_to_token.shape[1]
+    verify.begin(FusedPlan(pool.rows, pool.lens, num_queries, NUM_DRAFT_TOKENS, max_len, is_sparse=True))
+    q = torch.randn(batch, NUM_DRAFT_TOKENS, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
+    scores = torch.empty(shape.num_kv_heads, batch * length, device=device)
+    layers: list[Any] = [SimpleNamespace(layer_id=i, scaling=pool.scale, logit_cap=0.0) for i in range(2)]
+    blocks = block_scores(
+        q[:, 0], pool.k, pool.req_to_token, pool.rows, pool.lens, block_size=rule.block_size, max_len=max_len
+    )
+    kept = int(num_kept_blocks(torch.tensor([length]), **rule._asdict()))
+    read_bytes = pool.kv_bytes * kept * rule.block_size // max_len
+
+    def score() -> Any:
+        return block_scores(
+            q[:, 0], pool.k, pool.req_to_token, pool.rows, pool.lens, block_size=rule.block_size, max_len=max_len
+        )
+
+    def choose() -> Any:
+        return list_positions(
+            blocks, pool.lens, rule, width=NUM_DRAFT_TOKENS, max_len=max_len, max_position=max_len - 1
+        )
+
+    what = {"blocks": f"{kept} of {-(-length // rule.block_size)}"}
+    yield {"op": "block_scores", **what}, score, pool.kv_bytes // 2
+    yield {"op": "list positions", **what}, choose, blocks.numel() * 4
+    for name, wanted in (("", None), (", anchored scores", scores)):
+        for layer, role, num_bytes in ((0, "anchor", pool.kv_bytes // 2 + read_bytes), (1, "reuses", read_bytes)):
+
+            def attend(layer: int = layer, wanted: torch.Tensor | None = wanted) -> Any:
+                return verify._attend(q, layers[layer], wanted, None)
+
+            yield {"op": f"sparse verify, {role}{name}", **what}, attend, num_bytes
+
+
 def selection_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
     """Four layers at once; time and bytes are of all four."""
     num_layers = 4
@@ -370,6 +429,7 @@ GROUPS = {
     "draft": draft_cases,
     "verify": verify_cases,
     "mixed": mixed_cases,
+    "sparse-verify": sparse_verify_cases,
     "selection": selection_cases,
     "sampling": sampling_cases,
 }
@@ -377,6 +437,7 @@ SIZES = {
     "draft": [(128, 4096), (128, 8192), (128, 16384), (32, 8192), (8, 8192), (1, 8192)],
     "verify": [(32, 4096), (128, 4096), (64, 8192), (32, 32768), (128, 16384), (8, 8192)],
     "mixed": [(128, 2930), (32, 11000)],
+    "sparse-verify": [(32, 11619), (8, 32512), (128, 4096)],
     "selection": [(128, 3072), (64, 8192), (24, 16384)],
     # a draft step, and a verify, at batch 128
     "sampling": [(128, 151936), (1152, 151936)],
@@ -385,6 +446,7 @@ SMALL_SIZES = {
     "draft": [(2, 256)],
     "verify": [(2, 256)],
     "mixed": [(10, 256)],
+    "sparse-verify": [(2, 256)],
     "selection": [(2, 256)],
     "sampling": [(18, 1000)],
 }

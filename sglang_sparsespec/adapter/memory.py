@@ -127,5 +127,5 @@ def round_shape(
         sparse_list_len=0 if rule is None else rule.list_len(table_len, config.num_draft_tokens),
         num_kv_blocks=0 if rule is None else -(-table_len // rule.block_size),
         drops_channels=config.verify_ffn_threshold > 0,
-        has_both_verifies=bool(config.verify_sparsity) and config.dense_verify_every > 0,
+        has_both_verifies=bool(config.verify_sparsity) and config.has_dense_verify,
     )

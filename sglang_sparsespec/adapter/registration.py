@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
     from sglang.srt.server_args import ServerArgs
 
+    from sglang_sparsespec.config import SparseSpecConfig
+
 
 class SparseSpecFutureMap(FutureMap):
     """SGLang's relay between iterations; ours carries nothing but the bonus token and the length.
@@ -63,9 +65,19 @@ class SparseSpecAlgorithm(CustomSpecAlgo):
         check_host()
         patches.apply(patches.LEDGER, "sparsespec")
         arguments.resolve(server_args)
-        if server_args.sparsespec_config.verify_sparsity:
-            # applied here and nowhere else, for what answers clients runs in this process; raises if it cannot be
-            patches.apply(patches.LEDGER, "lossy")
+        prepare_parent(server_args.sparsespec_config)
+
+
+def prepare_parent(config: SparseSpecConfig) -> None:
+    """Put in force what the process needs that answers clients: refusals of requests, and the label of a lossy server.
+
+    Raises:
+        HostContractError: if a patch cannot be applied; nothing is served then.
+    """
+    check_host()
+    patches.apply(patches.LEDGER, "sparsespec")
+    if config.verify_sparsity:
+        patches.apply(patches.LEDGER, "lossy")
 
 
 def check_host() -> None:

@@ -242,6 +242,18 @@ class SparseSpecServerArgs(ServerArgs):
         if self.sparsespec_config is None:
             self._refuse_stray_options()
 
+    def check_server_args(self) -> None:
+        """SGLang calls this in the process that answers clients, just before it starts schedulers.
+
+        Resolution may have been in another process: arguments travel, patches do not.
+        """
+        if self.sparsespec_config is not None:
+            # imported here: registration stands above the options
+            from sglang_sparsespec.adapter.registration import prepare_parent
+
+            prepare_parent(self.sparsespec_config)
+        super().check_server_args()
+
     def _handle_cpu_backends(self) -> None:
         from sglang.srt.utils import is_cpu
 

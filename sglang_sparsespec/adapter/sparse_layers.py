@@ -7,11 +7,14 @@ model's modules are as SGLang built them: no hook, the model's own top-k.
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.moe import fused_moe_native
+from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 from sglang.srt.layers.moe.topk import StandardTopKOutput, TopK
 
 from sglang_sparsespec.errors import HostContractError
@@ -64,10 +67,10 @@ class SparseLayers:
 
     def __init__(self, model: torch.nn.Module, rules: LayerRules) -> None:
         self._rules = rules
-        # experts' own activations are inside their fused kernels: these are the dense networks'
+        # of dense networks; experts have theirs between the two products of a fused function (`_in_experts`)
         self._activations = [module for module in model.modules() if isinstance(module, SiluAndMul)]
         self._routers = [module for module in model.modules() if isinstance(module, TopK)]
-        if rules.ffn_threshold > 0 and not self._activations:
+        if rules.ffn_threshold > 0 and not self._activations and not self._routers:
             raise HostContractError(f"{type(model).__name__} has no SiluAndMul whose channels could be dropped")
         if (rules.num_experts > 0 or rules.expert_thresholds) and not self._routers:
             raise HostContractError(f"{type(model).__name__} has no TopK that chooses experts")
@@ -80,9 +83,12 @@ class SparseLayers:
         """Everything that the model computes inside follows the rules."""
         handles: list[RemovableHandle] = []
         changed: list[tuple[Any, int]] = []
+        inside = contextlib.ExitStack()
         try:
             if self._rules.ffn_threshold > 0:
                 handles += [module.register_forward_hook(self._drop) for module in self._activations]
+                if self._routers:
+                    inside.enter_context(_in_experts(self._rules.ffn_threshold))
             if self._rules.expert_thresholds:
                 handles += [module.register_forward_hook(self._skip) for module in self._routers]
             if self._rules.num_experts > 0:
@@ -93,6 +99,7 @@ class SparseLayers:
                     config.top_k = self._rules.num_experts + config.num_fused_shared_experts
             yield
         finally:
+            inside.close()
             for config, top_k in changed:
                 config.top_k = top_k
             for handle in handles:
@@ -104,7 +111,39 @@ class SparseLayers:
     def _skip(self, module: torch.nn.Module, args: Any, chosen: Any) -> StandardTopKOutput:
         if not isinstance(chosen, StandardTopKOutput):
             raise HostContractError(f"{type(chosen).__name__} does not say which experts a token visits")
-        return skip_experts(chosen, self._rules.expert_thresholds)
+        num_shared = int(module.topk_config.num_fused_shared_experts)  # type: ignore[arg-type,union-attr]
+        return skip_experts(chosen, self._rules.expert_thresholds, num_shared)
+
+
+@contextmanager
+def _in_experts(threshold: float) -> Iterator[None]:
+    """Small channels between the two products of SGLang's experts count as 0, on a CPU and in its Triton runner.
+
+    Both look the activation up in their module when they run: a class that is made per call, and a function that writes
+    into what it is given. Another runner is refused at start (adapter/support.py).
+    """
+
+    class DroppingSiluAndMul(SiluAndMul):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return drop_channels(super().forward(*args, **kwargs), threshold)
+
+    swapped: list[tuple[Any, str, Any]] = [(fused_moe_native, "SiluAndMul", DroppingSiluAndMul)]
+    if hasattr(fused_moe, "silu_and_mul"):
+        multiply = fused_moe.silu_and_mul
+
+        def multiply_and_drop(gate_up: torch.Tensor, out: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            multiply(gate_up, out, *args, **kwargs)
+            out.masked_fill_(out.abs() < threshold, 0)
+
+        swapped.append((fused_moe, "silu_and_mul", multiply_and_drop))
+    originals = [getattr(module, name) for module, name, _ in swapped]
+    for module, name, replacement in swapped:
+        setattr(module, name, replacement)
+    try:
+        yield
+    finally:
+        for (module, name, _), original in zip(swapped, originals, strict=True):
+            setattr(module, name, original)
 
 
 def _routed(router: TopK) -> int:
@@ -112,7 +151,7 @@ def _routed(router: TopK) -> int:
     return int(router.topk_config.top_k) - int(router.topk_config.num_fused_shared_experts)
 
 
-def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...]) -> StandardTopKOutput:
+def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...], num_shared: int = 0) -> StandardTopKOutput:
     """A router's choice without the experts that `skipped_experts` names, in the same shape.
 
     A skipped expert has weight 0. On a GPU its place in the list goes to the token's heaviest expert, whose weights are
@@ -123,12 +162,16 @@ def skip_experts(chosen: StandardTopKOutput, thresholds: tuple[float, ...]) -> S
     Args:
         chosen: topk_weights and topk_ids, [num_tokens, top_k].
         thresholds: beta_1 .. beta_m.
+        num_shared: columns at the end that hold shared experts, which every token visits: they stay, and count in no
+            ratio.
     """
-    weights, ids = chosen.topk_weights, chosen.topk_ids
+    num_routed = chosen.topk_ids.shape[1] - num_shared
+    weights, ids = chosen.topk_weights[:, :num_routed], chosen.topk_ids[:, :num_routed]
     skipped = skipped_experts(weights, thresholds)
     if ids.device.type != "cpu":
         ids = reading_no_others(ids, weights, skipped)
-    return chosen._replace(topk_weights=without_skipped(weights, skipped), topk_ids=ids)
+    kept = torch.cat([without_skipped(weights, skipped), chosen.topk_weights[:, num_routed:]], dim=1)
+    return chosen._replace(topk_weights=kept, topk_ids=torch.cat([ids, chosen.topk_ids[:, num_routed:]], dim=1))
 
 
 def reading_no_others(ids: torch.Tensor, weights: torch.Tensor, skipped: torch.Tensor) -> torch.Tensor:

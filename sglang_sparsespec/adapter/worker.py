@@ -46,7 +46,7 @@ from sglang_sparsespec.adapter.unified_state import UnifiedState
 from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
-from sglang_sparsespec.sparsity.anchors_file import read_anchors
+from sglang_sparsespec.sparsity.anchors_file import read_anchors, weights_digest
 from sglang_sparsespec.speculation.cost_model import ROOFLINES, ServerCost, roofline_of
 from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
@@ -498,7 +498,9 @@ class SparseSpecWorker(BaseSpecWorker):
         """The verify of `chain` for the requests that the static tensors hold, [num_reqs * (k + 1), vocab_size]."""
         # at a width that was captured; what a request has no token for is padding
         num_reqs, num_tokens = chain.shape
-        forwards = self._sparse_forwards if plan.is_sparse else self._verify_forwards
+        # where no context is long enough to lose anything, choosing all of it would cost and gain nothing
+        is_sparse = plan.is_sparse and plan.max_committed_len > self.config.dense_up_to
+        forwards = self._sparse_forwards if is_sparse else self._verify_forwards
         width = min(width for width in forwards if width >= num_tokens)
         self._static.set_chain(chain, batch_size)
         logits = forwards[width](batch_size)[: num_reqs * width]
@@ -688,7 +690,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
         has_sparse = bool(self.config.verify_sparsity)
-        has_dense = not has_sparse or self.config.dense_verify_every > 0
+        has_dense = self.config.has_dense_verify
         self._verify_forwards = self._make_verifies(batch_sizes, is_sparse=False) if has_dense else {}
         self._sparse_forwards = self._make_verifies(batch_sizes, is_sparse=True) if has_sparse else {}
         if self.config.has_unified:
@@ -722,8 +724,19 @@ class SparseSpecWorker(BaseSpecWorker):
         rule = block_rule(self.config)
         if rule is None:
             return FusedVerify(self._model_runner, self._policy, self._store, num_columns)
-        anchors = None if self.config.verify_anchors is None else read_anchors(self.config.verify_anchors).anchors
+        anchors = None if self.config.verify_anchors is None else self._read_anchors(self.config.verify_anchors)
         return SparseVerify(self._model_runner, self._policy, self._store, num_columns, rule=rule, anchors=anchors)
+
+    def _read_anchors(self, path: str) -> tuple[int, ...]:
+        found, model = read_anchors(path), self._model_runner.model_config
+        if self._host_ranks.leads:
+            # the digest is of the first head, which is rank 0's
+            if found.calibration is not None:
+                found.check_weights(weights_digest(self._model_runner.model, model.num_hidden_layers, model.head_dim))
+            doubts = found.doubts(self.config.verify_kv_ratio, self.config.verify_dense_below)
+            if doubts:
+                logger.warning("SPARSESPEC: the anchors of %s are %s.", path, doubts)
+        return found.anchors
 
     def _make_unified(self, max_reqs: int, batch_sizes: list[int]) -> UnifiedRounds:
         req_to_token = self.req_to_token_pool.req_to_token

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sglang_sparsespec.bench.shapes import BYTES, ModelShape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 ALLOW_LOSSY = "--sparsespec-allow-lossy"
 
@@ -56,7 +57,22 @@ class Target:
 
 def is_lossy(args: Iterable[str]) -> bool:
     """Whether a server with these arguments may answer otherwise than its model would."""
-    return any(arg.partition("=")[0] == ALLOW_LOSSY for arg in args)
+    return any(_names_lossy(arg.partition("=")[0]) for arg in args)
+
+
+def _names_lossy(option: str) -> bool:
+    # argparse takes a prefix for the option; a shorter one than this may be another's, and is refused by the server
+    return ALLOW_LOSSY.startswith(option) and len(option) > len("--sparsespec-a")
+
+
+def is_lossy_record(record: Mapping[str, Any]) -> bool:
+    """The same of a record about a contender: by its arguments, or by what its server said of itself."""
+    return bool(record.get("lossy")) or is_lossy(record["contender_args"])
+
+
+def lossy_names(name: str, label: str) -> tuple[str, str]:
+    """Name and label of a contender whose output may differ: it says so in every table and plot."""
+    return (name, label) if name.endswith("-LOSSY") else (f"{name}-LOSSY", f"**LOSSY**: {label}")
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,14 @@ class Contender:
             if arg == name and i + 1 < len(self.args):
                 return self.args[i + 1]
         return None
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """All values of a server argument that takes several; empty without it."""
+        if name not in self.args:
+            value = self.option(name)
+            return () if value is None else (value,)
+        rest = self.args[self.args.index(name) + 1 :]
+        return tuple(itertools.takewhile(lambda word: not word.startswith("--"), rest))
 
 
 @dataclass(frozen=True)

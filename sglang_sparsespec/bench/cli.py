@@ -26,7 +26,9 @@ from sglang_sparsespec.bench.runner import Runner
 from sglang_sparsespec.bench.sets import CPU_MIN_BUDGET, CPU_SETS, DEFAULT_SHAPES, SETS, Plan, Request, check
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.summary import current
+from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.sparsity.anchors_file import evenly_spaced, write_anchors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -177,6 +179,7 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
         no_model=no_model,
         shapes=tuple(shape_target(name, out / "models" / name, dtype) for name in shapes),
         shapes_given=tuple(args.shapes),
+        anchors={name: anchors_file(name, out / "models" / name) for name in shapes},
         tiny=tiny,
         eagle3_draft=args.eagle3_draft,
         spec_args=spec_args,
@@ -239,6 +242,18 @@ def real_target(path: Path | None, dtype: str) -> Target | None:
 def shape_target(name: str, folder: Path, dtype: str) -> Target:
     # a few hundred bytes: written even for a dry run, which reads the shape from it
     return Target(name, str(write_shape(name, folder).resolve()), dtype, read_shape(folder), has_weights=False)
+
+
+def anchors_file(name: str, folder: Path) -> str:
+    """One layer in four, at equal distances: a shape has no weights to calibrate on, and the file says so.
+
+    Relative as the folder is: the path stands among the server's arguments, which are part of a turn's key.
+    """
+    path = folder / "anchors-evenly-spaced.json"
+    num_layers = SHAPES[name]["num_hidden_layers"]
+    anchors = evenly_spaced(num_layers, num_layers // 4)
+    write_anchors(path, model=SHAPES[name], block_size=SparseSpecConfig().verify_block_size, anchors=anchors)
+    return str(path)
 
 
 def tiny_target(folder: Path, dtype: str) -> Target:

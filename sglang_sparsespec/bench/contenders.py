@@ -5,15 +5,17 @@ from __future__ import annotations
 import shlex
 from typing import TYPE_CHECKING
 
-from sglang_sparsespec.bench.cells import Contender, Skip, is_lossy
+from sglang_sparsespec.bench.cells import ALLOW_LOSSY, Contender, Skip, is_lossy, lossy_names
 from sglang_sparsespec.bench.server import PLAIN_CPU_SERVER
 from sglang_sparsespec.config import SELECTIONS, SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.sparsity.anchors_file import NOT_CALIBRATED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sglang_sparsespec.bench.machine import Machine
+    from sglang_sparsespec.bench.shapes import ModelShape
 
 # the bonus and what the paper (arXiv:2512.01278) saw accepted: 6.16 of 8 drafts, about 1.6 of 4
 SIMULATED_ACCEPT_LENGTHS = {"sparsespec": 7.16, "ngram": 2.6}
@@ -133,10 +135,38 @@ def named(machine: Machine, text: str, simulated: float) -> Contender:
     return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
 
 
+def lossy(machine: Machine, shape: ModelShape, anchors: str, simulated: float) -> list[Contender]:
+    """What sparse verification can leave out of a model of this shape, mode by mode; L0 of 1K, so that contexts of 10K
+    are mostly left out.
+
+    Args:
+        anchors: an anchors file of this shape.
+    """
+    attention = ("attention", "--sparsespec-verify-kv-ratio", "0.25", "--sparsespec-verify-dense-below", "1024")
+    modes: dict[str, tuple[str, ...]] = {
+        "attention": attention,
+        "attention-anchors": (*attention, "--sparsespec-verify-anchors", anchors),
+    }
+    if shape.experts:
+        fewer = str(shape.experts_per_token * 3 // 4)
+        modes["moe"] = ("moe", "--sparsespec-verify-experts", fewer)
+    else:
+        modes["ffn"] = ("ffn", "--sparsespec-verify-ffn-threshold", "0.05")
+    found = []
+    for name, options in modes.items():
+        args = ("--speculative-algorithm", "SPARSESPEC", ALLOW_LOSSY, "--sparsespec-verify-sparsity", *options)
+        args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+        label = f"sparse verification by {name.replace('-', ', ')} in our engine"
+        if "anchors" in name:
+            label += f" ({NOT_CALIBRATED})"
+        found.append(_ours(name, label, args, simulated))
+    return found
+
+
 def _ours(name: str, label: str, args: tuple[str, ...], simulated: float) -> Contender:
-    """A contender of our engine; one whose output may differ says so in every table and plot."""
+    """A contender of our engine."""
     if is_lossy(args):
-        name, label = f"{name}-LOSSY", f"**LOSSY**: {label}"
+        name, label = lossy_names(name, label)
     return Contender(f"sparsespec/{name}", label, args, simulated)
 
 

@@ -1,16 +1,18 @@
 """What a round of speculation should take, term by term, in milliseconds: the model that measurements stand beside.
 
-    round = k (W + s A / u + o) + V + A (1 + c) + extra
+    round = k (W + s A / u + o) + V + v A (1 + c) + extra
     speed-up = (1 + accepted) (W + A) / round
 
 W, A: weights and KV of one ordinary decode step. s: share of the KV that a draft reads. u: share of the bandwidth that
 a gather of single tokens reaches. o: gap per draft step in which the device waits for the host. V: the products of
-(k + 1) x batch rows. c: score capture relative to A. extra: sampling, top-k and whatever else comes once a round.
+(k + 1) x batch rows. v: share of the KV that a verify reads, 1 unless it is lossy. c: score capture
+relative to that. extra: sampling, top-k and whatever else comes once a round.
 `accepted` does not count the bonus token. Pure functions; docs/benchmarks.md says where the defaults come from.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ROOFLINES", "Roofline", "roofline_of"]
 
+MAX_VERIFY_SHARE = 1.5
+"""Of a sparse verify that scores in every layer and then reads everything."""
 DEVIATION_LIMIT = 0.2
 """A term that is off by more than this share of the model is flagged."""
 
@@ -56,16 +60,19 @@ def round_time(
     gather_efficiency: float = 0.75,
     gap_ms: float = 0.2,
     verify_ms: float,
+    verify_share: float = 1.0,
     capture_share: float = 0.1,
     extra_ms: float = 0.0,
 ) -> Round:
-    """The formula above: W, A, k, s, u, o, V, c, extra.
+    """The formula above: W, A, k, s, u, o, V, v, c, extra.
 
     Raises:
         ValueError: for a share or an efficiency outside (0, 1], or a negative time.
     """
     if not 0 < kv_share <= 1 or not 0 < gather_efficiency <= 1:
         raise ValueError(f"kv_share {kv_share} and gather_efficiency {gather_efficiency} must be in (0, 1].")
+    if not 0 < verify_share <= MAX_VERIFY_SHARE:
+        raise ValueError(f"verify_share {verify_share} must be in (0, {MAX_VERIFY_SHARE}].")
     if min(weights_ms, kv_ms, gap_ms, verify_ms, capture_share, extra_ms) < 0 or num_steps < 1:
         raise ValueError("times must not be negative, and a round has at least one draft step.")
     return Round(
@@ -73,8 +80,8 @@ def round_time(
         draft_kv=num_steps * kv_share * kv_ms / gather_efficiency,
         draft_gaps=num_steps * gap_ms,
         verify_products=verify_ms,
-        verify_kv=kv_ms,
-        capture=capture_share * kv_ms,
+        verify_kv=verify_share * kv_ms,
+        capture=capture_share * verify_share * kv_ms,
         extra=extra_ms,
     )
 
@@ -87,6 +94,27 @@ def speedup(accept_length: float, weights_ms: float, kv_ms: float, round_ms: flo
 def budget_share(context: float, *, budget_ratio: float = 0.05, min_budget: int = 192) -> float:
     """s: the share of a context of so many tokens that drafts read; 1 for contexts below the floor."""
     return min(1.0, max(float(min_budget), budget_ratio * context) / context) if context > 0 else 1.0
+
+
+def sparse_verify_share(
+    context: float, *, ratio: float, dense_below: int, block_size: int, anchor_share: float
+) -> float:
+    """v of a verify with sparse attention: the blocks that it reads, and K of everything in layers that score.
+
+    1 up to `dense_below`, where the dense verify runs. Above it v may exceed 1: what is scored is half of the KV, and
+    may then be read all the same.
+
+    Args:
+        context: tokens of a request.
+        ratio: rho.
+        dense_below: L0, tokens.
+        block_size: B, tokens.
+        anchor_share: of the layers, those that score.
+    """
+    if context <= dense_below:
+        return 1.0
+    blocks = max(2, math.ceil(((context - dense_below) * ratio + dense_below) / block_size))
+    return min(1.0, blocks * block_size / context) + 0.5 * anchor_share
 
 
 def step_times(

@@ -37,6 +37,15 @@ def gate_prompts(source: PromptSource, target: Target) -> list[list[int]]:
     return [ids[:length] for ids, length in zip(prompts, lengths, strict=True)]
 
 
+def loss_of(server: Server) -> list[str]:
+    """What a server says that its verifies leave out; empty for one whose output is its model's.
+
+    The options alone do not settle it: a configuration file may hold more, and no prompt of a gate is long.
+    """
+    ours = server.get("/server_info")["internal_states"][0].get("sparsespec", {})
+    return list(ours.get("lossy", {}).get("verify_sparsity", []))
+
+
 def answers(server: Server, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[Any]:
     """Greedy responses with what a comparison needs: half of the prompts together, then half one by one."""
 

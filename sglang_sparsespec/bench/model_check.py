@@ -6,6 +6,7 @@ verify's products are taken to cost what a draft's do, which holds while reading
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from sglang_sparsespec.bench.cells import Contender
 from sglang_sparsespec.bench.shapes import BYTES, ModelShape
 from sglang_sparsespec.bench.summary import client_lag
 from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.sparsity.anchors_file import read_anchors
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +87,10 @@ def check_all(rows: Sequence[Row], provenance: dict[str, Any]) -> tuple[list[Mod
                 "decoding was measured at one pool fill only, or did not slow down with the fill"
             )
             continue
-        checks.append(check(row, fit, card, ranks))
+        try:
+            checks.append(check(row, fit, card, ranks))
+        except ConfigError as error:
+            notes.append(f"{row.contender} on {row.target}: {error}")
     return checks, notes
 
 
@@ -166,6 +172,11 @@ def model_round(
     ratio = float(contender.option("--sparsespec-budget-ratio") or defaults.budget_ratio)
     min_budget = int(contender.option("--sparsespec-min-budget") or defaults.min_budget)
     batch = turn["scene"]["batch"]
+    modes = contender.words("--sparsespec-verify-sparsity")
+    verified = shape
+    if "moe" in modes and contender.option("--sparsespec-verify-experts"):
+        num_experts = int(contender.option("--sparsespec-verify-experts") or 0)
+        verified = dataclasses.replace(shape, experts_per_token=num_experts)
     verify_ms, extra_ms = weights_ms, 0.0
     if card:
         together = card.times(ranks)
@@ -173,7 +184,7 @@ def model_round(
         rows = batch * (num_steps + 1)
         # the products' own growth, on top of what plain was measured to need
         verify_ms += 1e3 * (
-            cost_model.products_s(shape, together, rows=rows, bytes_per_value=size)
+            cost_model.products_s(verified, together, rows=rows, bytes_per_value=size)
             - cost_model.products_s(shape, together, rows=batch, bytes_per_value=size)
         )
         # every rank samples from all of the logits
@@ -184,6 +195,27 @@ def model_round(
         num_steps=num_steps,
         kv_share=cost_model.budget_share(pool_tokens / batch, budget_ratio=ratio, min_budget=min_budget),
         verify_ms=verify_ms,
+        verify_share=verify_share(contender, pool_tokens / batch) if "attention" in modes else 1.0,
         extra_ms=extra_ms,
         **assumed,
+    )
+
+
+def verify_share(contender: Contender, context: float) -> float:
+    """Of the KV that a contender's sparse verify reads, its options given or by default.
+
+    Raises:
+        ConfigError: if its anchors file is gone.
+    """
+    defaults = SparseSpecConfig()
+    path, anchor_share = contender.option("--sparsespec-verify-anchors"), 1.0
+    if path is not None:
+        file = read_anchors(path)
+        anchor_share = len(file.anchors) / len(file.sources())
+    return cost_model.sparse_verify_share(
+        context,
+        ratio=float(contender.option("--sparsespec-verify-kv-ratio") or defaults.verify_kv_ratio),
+        dense_below=int(contender.option("--sparsespec-verify-dense-below") or defaults.verify_dense_below),
+        block_size=int(contender.option("--sparsespec-verify-block-size") or defaults.verify_block_size),
+        anchor_share=anchor_share,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sglang_sparsespec.bench.cells import Skip, is_lossy
+from sglang_sparsespec.bench.cells import Skip, is_lossy_record
 from sglang_sparsespec.bench.model_check import ModelCheck, check_all
 from sglang_sparsespec.bench.summary import Row, current, rows
 from sglang_sparsespec.bench.trace import NUM_ROUNDS
@@ -89,7 +89,7 @@ def _gates(records: Sequence[Record]) -> list[str]:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for gate in gates:
         verdict = "green" if gate["ok"] else "**RED**"
-        if is_lossy(gate["contender_args"]):
+        if is_lossy_record(gate):
             verdict = "**LOSSY**, as asked"
         weights = "its own weights" if gate["has_weights"] else "random weights, simulation off"
         counts = f"{gate['identical']} of {gate['requests']} | {gate['near-tie']} | {gate['diverged']}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from sglang_sparsespec.bench import gate, trace
-from sglang_sparsespec.bench.cells import digest
+from sglang_sparsespec.bench.cells import digest, lossy_names
 from sglang_sparsespec.bench.measure import PromptSource, measure, warm_up
 from sglang_sparsespec.bench.planner import (
     START_S,
@@ -94,6 +94,8 @@ class Runner:
         self._finished = {record["key"] for record in records if record["record"] in DONE}
         self._jobs = jobs
         self._bar: Any = None
+        self._lossy: dict[str, list[str]] = {}
+        """By contender: what its server said that it leaves out."""
         self.is_out_of_time = False
 
     @property
@@ -294,6 +296,7 @@ class Runner:
             timeout_s=self._at_most(START_TIMEOUT_S),
             request_timeout_s=self._at_most(REQUEST_TIMEOUT_S),
         ) as server:
+            self._lossy[contender.name] = gate.loss_of(server)
             yield server
 
     def _spend_on_start(self, seconds: float) -> None:
@@ -385,6 +388,10 @@ class Runner:
     # records
 
     def _record(self, record: Record) -> None:
+        lossy = self._lossy.get(record.get("contender", ""))
+        if lossy:
+            record = {**record, "lossy": lossy}
+            record["contender"], record["label"] = lossy_names(record["contender"], record.get("label", ""))
         whole = {**record, "set": self._set_name, "context": digest(self._context), "provenance": self._provenance}
         append_record(self._out / "results.jsonl", whole)
         self._has_begun |= record["record"] != "skip"

@@ -26,6 +26,7 @@ FILL_TOKENS = {"qwen3-1.7b": 400_000, "qwen3-8b": 380_000, "qwen3-14b": 250_000,
 LARGE_FILL_TOKENS = {"qwen3-30b-a3b": 500_000}
 """The same where there are LARGE_MEMORY bytes, of shapes whose weights leave little of 80 GB: 98 KB a token."""
 LARGE_MEMORY = 120 << 30
+LOSSY_SHAPES = ("qwen3-8b", "qwen3-30b-a3b")
 MIN_PROMPT_TOKENS = 16
 CPU_MIN_BUDGET = ("--sparsespec-min-budget", "64")
 """Of set cpu-table: its contexts are short, and the default floor would be a quarter of them."""
@@ -37,6 +38,7 @@ DEFAULT_SHAPES = {
     "core": ("qwen3-1.7b",),
     "gpu-table": ("qwen3-1.7b", "qwen3-8b"),
     "schedules": ("qwen3-1.7b", "qwen3-8b"),
+    "lossy": ("qwen3-8b",),
     "full": ("qwen3-1.7b", "qwen3-8b", "qwen3-14b"),
 }
 """Shapes of the sets that have any, unless the user names others; 30B-A3B has 61 GB of weights."""
@@ -53,6 +55,8 @@ class Request:
     shapes: tuple[Target, ...] = ()
     shapes_given: tuple[str, ...] = ()
     """Names of those that the user asked for."""
+    anchors: dict[str, str] = field(default_factory=dict)
+    """By shape: an anchors file, for set lossy."""
     tiny: Target | None = None
     eagle3_draft: str | None = None
     spec_args: tuple[str, ...] = ()
@@ -238,6 +242,27 @@ def workload(name: str, machine: Machine, request: Request) -> Plan:
 
 CPU_SETS = ("smoke", "cpu-table")
 """Sets that leave a GPU out of account."""
+
+
+def lossy(machine: Machine, request: Request) -> Plan:
+    """What sparse verification gains where it could: long contexts, on shapes; its output is another matter."""
+    if not machine.has_gpu:
+        return _needs_gpu("lossy")
+    length = request.accept_lengths["sparsespec"]
+    jobs, skips = [], []
+    for target in request.shapes:
+        if target.name not in LOSSY_SHAPES:
+            skips.append(Skip(target.name, f"set lossy measures {' and '.join(LOSSY_SHAPES)}"))
+            continue
+        anchors = who.lossy(machine, target.shape, request.anchors[target.name], length)
+        # two fills of each batch: the cost model takes W and A from the line between them
+        scenes = tuple(scene for batch in (32, 8) for scene in fills(target.name, machine, batch, parts=(1, 4)))
+        # by itself, for what shapes leave out is not what a real model's weights would
+        alone = dataclasses.replace(request, model=None)
+        jobs.append(_job(alone, target, (*_pair(machine, request), *anchors), scenes))
+    return _fitting(machine, jobs, skips)
+
+
 SETS: dict[str, Callable[[Machine, Request], Plan]] = {
     "smoke": smoke,
     "core": core,
@@ -245,6 +270,7 @@ SETS: dict[str, Callable[[Machine, Request], Plan]] = {
     "full": full,
     "gpu-table": gpu_table,
     "schedules": schedules,
+    "lossy": lossy,
     "paper": lambda machine, request: workload("paper", machine, request),
     "vegas": lambda machine, request: workload("vegas", machine, request),
 }
@@ -391,6 +417,7 @@ SIMULATED = {
     "core": ("sparsespec",),
     "gpu-table": ("sparsespec",),
     "schedules": ("sparsespec",),
+    "lossy": ("sparsespec",),
     "full": tuple(who.SIMULATED_ACCEPT_LENGTHS),
 }
 

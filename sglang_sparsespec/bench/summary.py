@@ -10,7 +10,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sglang_sparsespec.bench.cells import digest, is_lossy
+from sglang_sparsespec.bench.cells import digest, is_lossy_record
 from sglang_sparsespec.bench.window import spread
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def gate_refusal(turn: Record, gates: Sequence[Record]) -> str:
     if not verdicts:
         return f"no parity check on {turn['gate_on']} yet"
     # a lossy contender is compared, to show by how much it differs; it carries its label instead of a refusal
-    if verdicts[-1]["ok"] or is_lossy(turn["contender_args"]):
+    if verdicts[-1]["ok"] or is_lossy_record(turn):
         return ""
     return f"parity on {turn['gate_on']} is red"
 

@@ -20,7 +20,8 @@ DESCRIPTION = """What sparse computation in a verify does to the output of a loc
     python -m sglang_sparsespec.quality measure MODEL --attention-ratio 0 0.25 --dense-below 512 1024
     python -m sglang_sparsespec.quality measure MODEL --ffn-threshold 0.01 0.05 0.1
 
-`measure` crosses options with several values and prints a table; `calibrate` finds anchor layers; see
+`measure` crosses options with several values and prints a table; `calibrate` finds anchor layers; `plot` draws what
+`measure` wrote; see
 docs/lossy_quality.md.
 """
 
@@ -66,10 +67,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_common(calibrated, requests=8, new_tokens=72)
     calibrated.add_argument("--write", type=Path, required=True, metavar="FILE", help="the anchors file")
     calibrated.add_argument("--num-anchors", type=int, required=True, help="layers that choose for themselves")
+    calibrated.add_argument(
+        "--evenly-spaced",
+        action="store_true",
+        help="do not calibrate: layers at equal distances, for a shape without weights; the file says so",
+    )
     for name in ("num_steps", "dense_below", "block_size", "attention_ratio"):
         kind, default, text = next(rest for field, *rest in CROSSED if field == name)
         value = 0.25 if name == "attention_ratio" else default[0]
         calibrated.add_argument(option(name), type=kind, default=value, help=f"{text} (default: {value})")
+
+    drawn = commands.add_parser("plot", help="a picture from records of `measure`")
+    drawn.add_argument("records", type=Path, metavar="FILE", help="JSON lines of one workload, dense settings included")
+    drawn.add_argument("--plot", type=Path, required=True, help="picture; needs matplotlib")
+    drawn.add_argument(
+        "--only", default="", metavar="FIELD", help="settings that use this one, such as ffn_threshold; and dense ones"
+    )
     return parser.parse_args(argv)
 
 
@@ -94,6 +107,12 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: naming the option.
     """
+    if args.command == "plot":
+        check_available()
+        if args.only not in ("", *(name for name, *_ in CROSSED)):
+            allowed = ", ".join(name for name, *_ in CROSSED)
+            raise ConfigError("--only", args.only, f"one of {allowed}", "Or leave it out.")
+        return
     lows = [("requests", 1), ("length", 1), ("new_tokens", 1), ("threads", 1)]
     if args.command == "measure":
         lows += [("own_tokens", 1), ("haystacks", 0), ("lines", 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,13 @@ from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.quality import arguments, plot, report
 from sglang_sparsespec.quality.arguments import CROSSED
 from sglang_sparsespec.quality.settings import Setting, cross, option
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import (
+    NOT_CALIBRATED,
+    Calibration,
+    evenly_spaced,
+    weights_digest,
+    write_anchors,
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -114,6 +121,9 @@ def run_measure(args: argparse.Namespace) -> None:
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
+    if args.evenly_spaced:
+        write_evenly_spaced(args)
+        return
     setting = Setting(args.num_steps, args.attention_ratio, args.dense_below, args.block_size)
     if not setting.thins_attention:
         raise ConfigError(option("attention_ratio"), 1.0, "below 1", "With 1 every layer chooses everything.")
@@ -131,6 +141,11 @@ def run_calibrate(args: argparse.Namespace) -> None:
         model=model.model.config.to_dict(),
         block_size=args.block_size,
         anchors=found.anchors(args.num_anchors),
+        calibration=Calibration(
+            weights=weights_digest(model.model, model.num_layers, model.head_dim),
+            ratio=args.attention_ratio,
+            dense_below=args.dense_below,
+        ),
     )
     reused = found.with_anchor(file.sources())
     print(report.similarity_table(found))
@@ -153,6 +168,33 @@ def run_calibrate(args: argparse.Namespace) -> None:
         "median_expert_ratios": [round(median, 4) for median in medians],
     }
     append(args, [record])
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    lines = args.records.read_text().splitlines()
+    found = [report.quality_of(record) for record in map(json.loads, lines) if "kl_by_text" in record]
+    default = {"attention_ratio": 1.0}.get(args.only, 0)
+    chosen = [
+        quality
+        for quality in found
+        if not args.only or quality.setting.is_dense or getattr(quality.setting, args.only) not in (default, ())
+    ]
+    sparse = [quality for quality in chosen if not quality.setting.is_dense]
+    # runs are appended to one file, each with a dense setting of its own
+    chosen = [*[quality for quality in chosen if quality.setting.is_dense][:1], *sparse]
+    if not sparse:
+        raise ConfigError("FILE", str(args.records), "records of settings that leave something out", "Measure some.")
+    plot.draw(chosen, args.plot)
+
+
+def write_evenly_spaced(args: argparse.Namespace) -> None:
+    """Anchors from the configuration alone: no weights are read, and the file says so."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(args.model, local_files_only=True)
+    anchors = evenly_spaced(int(config.num_hidden_layers), args.num_anchors)
+    write_anchors(args.write, model=config.to_dict(), block_size=args.block_size, anchors=anchors)
+    say(f"anchors {' '.join(map(str, anchors))}, {NOT_CALIBRATED}, in {args.write}")
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse(argv)
     try:
         arguments.check(args)
-        {"measure": run_measure, "calibrate": run_calibrate}[args.command](args)
+        {"measure": run_measure, "calibrate": run_calibrate, "plot": run_plot}[args.command](args)
     except ValueError as error:
         say(f"error: {error}")
         return 2

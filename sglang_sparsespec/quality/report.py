@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sglang_sparsespec.quality.measure import mean_and_error
+from sglang_sparsespec.quality.measure import Quality, mean_and_error
+from sglang_sparsespec.quality.settings import Setting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sglang_sparsespec.quality.calibrate import Similarity
-    from sglang_sparsespec.quality.measure import Quality
 
 SHORT_NAMES = {
     "attention_ratio": "rho",
@@ -105,6 +106,28 @@ def records(found: Sequence[Quality], about: dict[str, Any]) -> list[dict[str, A
         }
         for quality in found
     ]
+
+
+def quality_of(record: dict[str, Any]) -> Quality:
+    """What `records` wrote; the numbers are those that were rounded there."""
+    given = {field.name: record[field.name] for field in fields(Setting) if record.get(field.name) is not None}
+    if "moe_thresholds" in given:
+        given["moe_thresholds"] = tuple(given["moe_thresholds"])
+    return Quality(
+        setting=Setting(**given),
+        kl=record["kl_by_text"],
+        kl_by_round=record["kl_by_round"],
+        agreement=record["agreement_by_text"],
+        nll=record["nll_by_text"],
+        dense_nll=record["dense_nll_by_text"],
+        equal_prefix=record["equal_greedy_tokens_by_text"],
+        own_tokens=record["own_tokens"],
+        recalled=record["recalled_by_haystack"],
+        read_share=record["read_share"],
+        channels_kept=record["channels_kept"],
+        experts_kept=record["experts_kept"],
+        seconds=record["seconds"],
+    )
 
 
 def _round(value: float) -> float:

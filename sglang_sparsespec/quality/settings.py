@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec.errors import ConfigError
-from sglang_sparsespec.sparsity.anchors_file import read_anchors
+from sglang_sparsespec.sparsity.anchors_file import read_anchors, weights_digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -100,6 +100,8 @@ class Setting:
             return range(model.num_layers)
         found = read_anchors(Path(self.anchors))
         found.check(model.model.config.to_dict(), self.block_size)
+        if found.calibration is not None:
+            found.check_weights(weights_digest(model.model, model.num_layers, model.head_dim))
         return found.sources()
 
 

@@ -6,8 +6,9 @@ Source: inter-layer reuse of arXiv:2512.21911. Invariant: an AnchorsFile is vali
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +17,9 @@ from sglang_sparsespec.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-FORMAT: Final = "sparsespec-anchors-1"
+    import torch
+
+FORMAT: Final = "sparsespec-anchors-2"
 OPTION: Final = "--sparsespec-verify-anchors"
 # what tells one model from another here: names of a Hugging Face config
 MODEL_KEYS: Final = (
@@ -27,7 +30,10 @@ MODEL_KEYS: Final = (
     "num_key_value_heads",
     "vocab_size",
 )
+NOT_CALIBRATED: Final = "evenly spaced, not calibrated"
 _ADVICE: Final = "Make one for this model with the calibration command (docs/lossy.md), or leave it out."
+# below it float16 cannot hold every bfloat16, and digests of one checkpoint would depend on the dtype
+_SMALLEST: Final = 2.0**-16
 
 
 def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +42,60 @@ def fingerprint(config: Mapping[str, Any]) -> dict[str, Any]:
     if chosen["architectures"] is not None:
         chosen["architectures"] = list(chosen["architectures"])
     return chosen
+
+
+def evenly_spaced(num_layers: int, num_anchors: int) -> tuple[int, ...]:
+    """So many anchors at equal distances, the first 0: what there is where nothing can be calibrated.
+
+    Raises:
+        ValueError: for a number of anchors that is not 1 to `num_layers`.
+    """
+    if not 1 <= num_anchors <= num_layers:
+        raise ValueError(f"{num_anchors} anchors of {num_layers} layers; expected 1 to {num_layers}.")
+    return tuple(i * num_layers // num_anchors for i in range(num_anchors))
+
+
+def weights_digest(model: torch.nn.Module, num_layers: int, head_dim: int) -> str:
+    """What tells a checkpoint from others of its shape: some attention weights of three layers, as 16 hex digits.
+
+    Weights are compared as bfloat16, so that it does not matter in which dtype a model was loaded; and only those of
+    the first head, which the first of several ranks holds. Names are those of Hugging Face, which SGLang keeps here.
+
+    Raises:
+        ConfigError: for a model without weights of these names.
+    """
+    import torch
+
+    digest, parameters = hashlib.sha256(), dict(model.named_parameters())
+    for layer in sorted({0, num_layers // 2, num_layers - 1}):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        if name not in parameters:
+            raise _invalid("weights", f"compared with a model that has no {name}", "a Llama, Qwen or Mixtral")
+        values = parameters[name].detach()[:, :head_dim].to(torch.bfloat16)
+        values = values.masked_fill(values.abs() < _SMALLEST, 0)
+        digest.update(values.contiguous().cpu().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What anchors were found on and for."""
+
+    weights: str
+    """`weights_digest` of the model."""
+    ratio: float
+    """rho of the choices that were compared."""
+    dense_below: int
+    """L0 of them."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weights, str) or not self.weights:
+            raise _invalid("weights", self.weights, "a digest")
+        is_number = isinstance(self.ratio, int | float) and not isinstance(self.ratio, bool)
+        if not is_number or not 0 <= self.ratio <= 1:
+            raise _invalid("ratio", self.ratio, "0 to 1")
+        if not _is_int(self.dense_below) or self.dense_below < 0:
+            raise _invalid("dense_below", self.dense_below, "an integer of at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +108,8 @@ class AnchorsFile:
     """Tokens of a KV block, as in the calibration."""
     anchors: tuple[int, ...]
     """Layers that choose, ascending; the first is 0. The others read what the last anchor before them chose."""
+    calibration: Calibration | None
+    """None: evenly spaced, for any weights."""
 
     def __post_init__(self) -> None:
         if set(self.model) != set(MODEL_KEYS):
@@ -83,6 +145,28 @@ class AnchorsFile:
                 f"{OPTION} (its block_size)", self.block_size, f"the server's block size ({block_size})", _ADVICE
             )
 
+    def check_weights(self, digest: str) -> None:
+        """Refuse other weights of the same shape.
+
+        Args:
+            digest: `weights_digest` of the served model.
+
+        Raises:
+            ConfigError: if the anchors were found on another checkpoint.
+        """
+        if self.calibration is not None and self.calibration.weights != digest:
+            allowed = f"the served model's {digest}"
+            raise ConfigError(f"{OPTION} (its weights)", self.calibration.weights, allowed, _ADVICE)
+
+    def doubts(self, ratio: float, dense_below: int) -> str:
+        """Why these anchors may not be the best for a rule, in words; empty if nothing speaks against them."""
+        found = self.calibration
+        if found is None:
+            return NOT_CALIBRATED
+        if (found.ratio, found.dense_below) != (ratio, dense_below):
+            return f"calibrated with rho {found.ratio:g} and L0 {found.dense_below}"
+        return ""
+
     def sources(self) -> tuple[int, ...]:
         """[num_layers]: for each layer the anchor whose blocks it reads, the nearest at or before it."""
         latest, found = 0, []
@@ -108,21 +192,51 @@ def read_anchors(path: str | Path) -> AnchorsFile:
     if not isinstance(content.get("model"), dict) or not isinstance(content.get("anchors"), list):
         raise _invalid("file", str(path), "an object with model, block_size and anchors")
     return AnchorsFile(
-        model=content["model"], block_size=content.get("block_size", 0), anchors=tuple(content["anchors"])
+        model=content["model"],
+        block_size=content.get("block_size", 0),
+        anchors=tuple(content["anchors"]),
+        calibration=_calibration(content.get("calibration")),
     )
 
 
+def _calibration(found: object) -> Calibration | None:
+    if found == NOT_CALIBRATED:
+        return None
+    names = {field.name for field in fields(Calibration)}
+    if not isinstance(found, dict) or set(found) != names:
+        raise _invalid("calibration", found, f"an object with {', '.join(sorted(names))}, or '{NOT_CALIBRATED}'")
+    return Calibration(**found)
+
+
 def write_anchors(
-    path: str | Path, *, model: Mapping[str, Any], block_size: int, anchors: Sequence[int]
+    path: str | Path,
+    *,
+    model: Mapping[str, Any],
+    block_size: int,
+    anchors: Sequence[int],
+    calibration: Calibration | None = None,
 ) -> AnchorsFile:
-    """Write a file; `model` is a Hugging Face config or its MODEL_KEYS.
+    """Write a file; without `calibration` it says that none was made.
+
+    Args:
+        path: of the file.
+        model: a Hugging Face config or its MODEL_KEYS.
+        block_size: tokens of a KV block.
+        anchors: see AnchorsFile.
+        calibration: what they were found on.
 
     Raises:
         ConfigError: if what is to be written does not hold together; nothing is written then.
         OSError: if the file cannot be written.
     """
-    made = AnchorsFile(model=fingerprint(model), block_size=block_size, anchors=tuple(anchors))
-    content = {"format": FORMAT, "model": made.model, "block_size": made.block_size, "anchors": list(made.anchors)}
+    made = AnchorsFile(model=fingerprint(model), block_size=block_size, anchors=tuple(anchors), calibration=calibration)
+    content = {
+        "format": FORMAT,
+        "model": made.model,
+        "block_size": made.block_size,
+        "anchors": list(made.anchors),
+        "calibration": NOT_CALIBRATED if calibration is None else asdict(calibration),
+    }
     Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return made
 

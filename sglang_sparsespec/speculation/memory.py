@@ -291,7 +291,7 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     attention = (2 * model.num_q_heads + 2 * model.num_kv_heads) * model.head_dim
     # which channels are small is found beside them, and the others are copied
     channels = (6 if rounds.drops_channels else 3) * model.intermediate_size
-    layer = max(num_rows * max(attention, channels), _expert_elements(model, num_rows))
+    layer = max(num_rows * max(attention, channels), _expert_elements(model, num_rows, rounds.drops_channels))
     activations = 2 * num_rows * model.hidden_size + layer
     # the head's product; where ranks gather also this rank's part of it, and all parts before they stand in order
     head = model.vocab_size + (model.vocab_size + model.vocab_size // model.num_ranks if model.num_ranks > 1 else 0)
@@ -303,11 +303,12 @@ def _forward_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int, num_tok
     return (activations + num_rows * head) * model.dtype_bytes + num_rows * widened + kernels
 
 
-def _expert_elements(model: ModelShape, num_rows: int) -> int:
+def _expert_elements(model: ModelShape, num_rows: int, drops_channels: bool) -> int:
     """What the experts of one layer hold at a time, as the host's Triton kernels run them.
 
     The router's logits and choices; then, for each row and expert of it, both halves and their product, and after them
-    the product and the expert's output. Rows of an expert may be padded to a whole tile.
+    the product and the expert's output. Rows of an expert may be padded to a whole tile. Which channels are small is
+    found beside both halves and their product.
     """
     if model.experts == 0:
         return 0
@@ -315,7 +316,8 @@ def _expert_elements(model: ModelShape, num_rows: int) -> int:
     pairs += min(pairs, model.experts + 1) * (EXPERT_TILE_ROWS - 1)
     # a weight and an index of 4 bytes, and the row's place among those of its expert: at most 6 elements of 2
     routing = num_rows * model.experts + 6 * pairs
-    return routing + pairs * (model.expert_size + max(2 * model.expert_size, model.hidden_size))
+    halves = (4 if drops_channels else 2) * model.expert_size
+    return routing + pairs * (model.expert_size + max(halves, model.hidden_size))
 
 
 def _split_bytes(model: ModelShape, rounds: RoundShape, num_reqs: int) -> int:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
+import pickle
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.errors import HostContractError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Iterator
@@ -156,6 +159,45 @@ def test_the_server_labels_its_app_by_its_options(
     with contextlib.suppress(Started):
         http_server._setup_and_run_http_server(args, None, None, None, [{}], None)
     assert (HEADER in TestClient(app).get("/plain").headers) == is_lossy
+
+
+def start_from_pickle(answers: multiprocessing.Queue[str], pickled: bytes) -> None:
+    """What a program does in a process of its own: SGLang's entry point, with arguments resolved elsewhere."""
+    import sglang
+    from sglang.srt.entrypoints import engine
+
+    class Started(Exception):
+        pass
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Started
+
+    # the first thing that SGLang does after its arguments have been checked
+    engine.PortArgs.init_new = stop
+    try:
+        sglang.Engine(server_args=pickle.loads(pickled))
+    except Started:
+        from sglang_sparsespec.patches import LEDGER, verify
+
+        try:
+            verify(patch for patch in LEDGER if patch.scope in ("lossy", "sparsespec"))
+        except HostContractError as error:
+            answers.put(str(error))
+        else:
+            answers.put("in force")
+
+
+def test_arguments_of_another_process_bring_the_label(server_args: Callable[..., Any]) -> None:
+    """Patches stay in the process that resolved the options; a server that is started elsewhere, as SGLang's
+    launch_server_process does, would be lossy without a word, and refuse no request."""
+    spawn = multiprocessing.get_context("spawn")
+    answers = spawn.Queue()
+    process = spawn.Process(target=start_from_pickle, args=(answers, pickle.dumps(server_args(**LOSSY))))
+    process.start()
+    try:
+        assert answers.get(timeout=120) == "in force"
+    finally:
+        process.join()
 
 
 def collect(manager: Any, outs: list[dict[str, Any]]) -> list[dict[str, Any]]:

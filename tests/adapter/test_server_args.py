@@ -151,7 +151,7 @@ def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_pa
     no_experts = {"draft_experts": 0, "verify_experts": 0, "verify_expert_thresholds": ()}
     written = {"verify_anchors": anchors_of(server_args, tmp_path), **no_experts}
     # not all of them can be set together
-    for left_out in (("adaptive", "profile", "host_memory_gb"), LOSSY_VALUES):
+    for left_out in (("host_memory_gb",), LOSSY_VALUES):
         values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}
         args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
         assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **values)
@@ -291,7 +291,6 @@ def test_only_our_own_verify_is_sparse(server_args: Callable[..., Any], options:
     ("option", "value"),
     [
         ("tp_size", 2),
-        ("sparsespec_adaptive", True),
         ("sparsespec_host_memory_gb", 0.1),
         ("sparsespec_selection", "quest"),
     ],

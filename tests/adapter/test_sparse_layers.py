@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,55 @@ def test_outside_the_model_is_untouched(rules: dict[str, Any]) -> None:
     assert block.topk.topk_config.top_k == TOP_K
 
 
+class Mixture(Block):
+    """A mixture without a dense network before it."""
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mixture(x, self.topk(x, self.router(x)))
+
+
+def test_small_channels_of_experts_are_dropped() -> None:
+    """Between the products of each expert of a token, by its own gate; and nothing stays behind."""
+    from sglang.srt.layers.moe import fused_moe_native
+
+    block, x = Mixture(), tokens()
+    activation = fused_moe_native.SiluAndMul
+    chosen = block.topk(x, block.router(x))
+    gate, up = torch.einsum("ti,eoi->teo", x, block.experts.w13_weight).chunk(2, dim=-1)
+    hidden = torch.nn.functional.silu(gate) * up
+    threshold = hidden.abs().median().item()
+    weights = torch.zeros(len(x), NUM_EXPERTS).scatter_(1, chosen.topk_ids.long(), chosen.topk_weights)
+    kept = torch.where(hidden.abs() < threshold, 0.0, hidden)
+    expected = torch.einsum("teo,eio,te->ti", kept, block.experts.w2_weight, weights)
+    before = block(x)
+    with layers(block, ffn_threshold=threshold).applied():
+        found = block(x)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+    assert not torch.allclose(found, before, atol=0.1)
+    assert torch.equal(block(x), before)
+    assert fused_moe_native.SiluAndMul is activation
+
+
+def test_small_channels_are_dropped_in_the_host_s_triton_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the activation is a function of SGLang's module, which writes into a buffer; here it is put there."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor, expert_ids: Any = None) -> None:
+        gate, up = gate_up.chunk(2, dim=-1)
+        out.copy_(torch.nn.functional.silu(gate) * up)
+
+    monkeypatch.setattr(fused_moe, "silu_and_mul", silu_and_mul, raising=False)
+    gate_up, dense, found = torch.randn(30, 2 * WIDTH), torch.empty(30, WIDTH), torch.empty(30, WIDTH)
+    silu_and_mul(gate_up, dense)
+    with layers(Mixture(), ffn_threshold=0.1).applied():
+        fused_moe.silu_and_mul(gate_up, found, expert_ids=None)
+    assert torch.equal(found, torch.where(dense.abs() < 0.1, 0.0, dense))
+    assert fused_moe.silu_and_mul is silu_and_mul
+    source = inspect.getsource(fused_moe)
+    assert source.count(" silu_and_mul(") >= 3, "SGLang calls another function: its channels would be kept"
+
+
 def test_small_channels_are_dropped() -> None:
     """Channels of another place, signs that are mixed up, or the value just at the threshold."""
     block, gate_up = Block(), 2 * torch.randn(30, 2 * WIDTH)
@@ -145,6 +195,31 @@ def test_light_experts_are_skipped() -> None:
     with layers(block, expert_thresholds=thresholds).applied():
         found = block.mixture(x, block.topk(x, block.router(x)))
     torch.testing.assert_close(found, block.weigh(x, weights), atol=1e-4, rtol=1e-4)
+
+
+def test_shared_experts_are_never_skipped() -> None:
+    """Every token visits them, so SGLang puts them behind the chosen ones, often with a small weight: they would be the
+    first to go."""
+    from sglang.srt.layers.moe.topk import StandardTopKOutput
+
+    weights = torch.tensor([[0.6, 0.3, 0.1, 0.05], [0.4, 0.35, 0.35, 0.5]])
+    ids = torch.tensor([[2, 5, 1, 8], [0, 3, 4, 8]], dtype=torch.int32)
+    chosen = StandardTopKOutput(weights, ids, torch.empty(0))
+    block = Block()
+    config = block.topk.topk_config
+    block.topk.forward = lambda *_: chosen
+    for num_shared, skips in ((1, [[2], []]), (0, [[3], []])):
+        config.num_fused_shared_experts = num_shared
+        with layers(block, expert_thresholds=(0.2,)).applied():
+            found = block.topk(None, None)
+        assert [row.nonzero()[:, 0].tolist() for row in found.topk_weights == 0] == skips
+        assert torch.equal(found.topk_ids, ids)
+        torch.testing.assert_close(found.topk_weights[1], weights[1])
+    # the routed ones grow to their own sum
+    config.num_fused_shared_experts = 1
+    with layers(block, expert_thresholds=(0.2,)).applied():
+        found = block.topk(None, None)
+    torch.testing.assert_close(found.topk_weights[0], torch.tensor([2 / 3, 1 / 3, 0.0, 0.05]))
 
 
 def test_ids_on_a_gpu_name_no_further_expert() -> None:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
 
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import Calibration, weights_digest, write_anchors
 from tests.e2e.conftest import TINY_ENV
-from tests.support import workload
+from tests.support import watched_rounds, workload
 from tests.support.server import Server
 from tests.support.workload import assert_greedy_parity, concurrently
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from tests.support.workload import ParityRecord
 
 pytestmark = pytest.mark.slow
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 # contexts up to this are verified whole, and of longer ones no more is read
 DENSE_BELOW = 256
 OURS = "--speculative-algorithm SPARSESPEC --speculative-num-steps 3 --sparsespec-min-budget 32 --skip-server-warmup"
@@ -33,15 +35,32 @@ HEADER = "x-sparsespec-lossy"
 
 
 @pytest.fixture(scope="module")
-def server(tiny_model: Path, parity_record: ParityRecord, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def rounds_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("rounds") / "rounds"
+
+
+@pytest.fixture(scope="module")
+def server(
+    tiny_model: Path, parity_record: ParityRecord, rounds_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     # parity_record first: the reference server is gone before this one starts
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
     anchors = tmp_path_factory.mktemp("anchors") / "anchors.json"
-    model = AutoConfig.from_pretrained(tiny_model).to_dict()
-    write_anchors(anchors, model=model, block_size=16, anchors=[0, 2])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # of the same checkpoint, read by another library
+    weights = weights_digest(model, model.config.num_hidden_layers, model.config.head_dim)
+    write_anchors(
+        anchors,
+        model=model.config.to_dict(),
+        block_size=16,
+        anchors=[0, 2],
+        calibration=Calibration(weights=weights, ratio=0.5, dense_below=DENSE_BELOW),
+    )
     args = [*OURS.split(), *LOSSY.split(), "--sparsespec-verify-anchors", str(anchors)]
-    with Server(tiny_model, *args, env=TINY_ENV) as server:
+    env = {**TINY_ENV, watched_rounds.FILE: str(rounds_file)}
+    command = [sys.executable, "-m", "tests.support.watched_rounds"]
+    with Server(tiny_model, *args, env=env, command=command, cwd=REPOSITORY) as server:
         yield server
 
 
@@ -63,9 +82,23 @@ def test_dense_limit_is_the_model_s_own_output(server: Server, parity_record: Pa
     server.idle_check()
 
 
+def test_short_contexts_are_verified_densely(server: Server, rounds_file: Path) -> None:
+    """Up to the bound there is nothing to choose: scoring blocks would make short contexts slower than without the
+    option. Just above it a sparse verify runs, but for every third round."""
+    for length, kinds in ((40, {"verify"}), (DENSE_BELOW + 10, {"verify", "sparse verify"})):
+        sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+        rid = f"alone-{length}"
+        ids = workload.random_ids(length, seed=length)
+        server.generate({"rid": rid, "input_ids": ids, "sampling_params": sampling})
+        rounds = watched_rounds.rounds_of(rounds_file, rid)
+        assert {part.verify for part in rounds} == kinds
+        assert any(part.is_sparse for part in rounds)
+
+
 def test_server_says_lossy_at_start_and_when_asked(server: Server) -> None:
     """An operator looks at the log, /server_info or a dashboard, and never at a response."""
     assert "SPARSESPEC is LOSSY: verifies leave out attention" in server.log_text()
+    assert f"anchors.json are calibrated with rho 0.5 and L0 {DENSE_BELOW}." in server.log_text()
     shown = server.get("/server_info")
     assert shown["sparsespec_config"]["verify_sparsity"] == ["attention"]
     lossy = shown["internal_states"][0]["sparsespec"]["lossy"]

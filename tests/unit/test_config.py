@@ -307,6 +307,17 @@ def test_every_nth_round_is_dense() -> None:
     assert sparse(**LOSSY, dense_verify_every=1) == []
 
 
+def test_what_reads_everything_is_verified_densely() -> None:
+    """A verify that chooses all blocks costs its scoring; one that drops channels loses them in any context."""
+    assert SparseSpecConfig(**LOSSY, verify_dense_below=512).dense_up_to == 512
+    assert SparseSpecConfig(**LOSSY, verify_dense_below=512).has_dense_verify
+    assert SparseSpecConfig(**FFN).dense_up_to == -1
+    assert not SparseSpecConfig(**FFN).has_dense_verify
+    assert SparseSpecConfig(**FFN, dense_verify_every=2).has_dense_verify
+    assert not SparseSpecConfig(**LOSSY, verify_dense_below=0).has_dense_verify
+    assert SparseSpecConfig().has_dense_verify
+
+
 def test_loss_is_described_with_its_parameters() -> None:
     """A label that says less than what was set; and none at all on a server that is lossless."""
     assert SparseSpecConfig().describe_loss() == {}

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "quality": {"errors", "config", "ops", "sparsity", "acceptance", "model_tools"},
     "adapter": {"errors", "config", "request_options", "ops", "speculation", "selection", "sparsity", "kv", "patches"},
     "plugin": {"errors", "config", "ops", "speculation", "selection", "sparsity", "kv", "patches", "adapter"},
-    "bench": {"errors", "config", "speculation", "model_tools"},
+    "bench": {"errors", "config", "speculation", "sparsity", "model_tools"},
     "model_tools": {"errors"},
     "kernels": set(),
 }

@@ -59,6 +59,22 @@ def test_round_time_refuses_impossible_terms(wrong: dict[str, float], message: s
         cost_model.round_time(1.0, 1.0, **terms)  # type: ignore[arg-type]
 
 
+def test_a_sparse_verify_reads_less() -> None:
+    """32K tokens, rho 0.25, L0 4096: 704 blocks of 16 are 11,264 tokens, and K of all where every layer scores."""
+    rule: dict[str, float] = {"ratio": 0.25, "dense_below": 4096, "block_size": 16}
+    every = cost_model.sparse_verify_share(32_768, **rule, anchor_share=1.0)  # type: ignore[arg-type]
+    assert every == pytest.approx(11_264 / 32_768 + 0.5)
+    quarter = cost_model.sparse_verify_share(32_768, **rule, anchor_share=0.25)  # type: ignore[arg-type]
+    assert quarter == pytest.approx(11_264 / 32_768 + 0.125)
+    assert cost_model.sparse_verify_share(4096, **rule, anchor_share=1.0) == 1.0  # type: ignore[arg-type]
+    terms: dict[str, float] = {"num_steps": 8, "kv_share": 0.05, "verify_ms": 1.0}
+    dense = cost_model.round_time(2.0, 10.0, **terms)  # type: ignore[arg-type]
+    sparse = cost_model.round_time(2.0, 10.0, **terms, verify_share=quarter)  # type: ignore[arg-type]
+    assert dense.total - sparse.total == pytest.approx(1.1 * (1 - quarter) * 10.0)
+    with pytest.raises(ValueError, match="verify_share"):
+        cost_model.round_time(2.0, 10.0, **terms, verify_share=1.6)  # type: ignore[arg-type]
+
+
 def test_budget_share_has_a_floor_and_a_ceiling() -> None:
     """Below the floor a draft reads everything; far above it the ratio alone counts."""
     assert cost_model.budget_share(100) == 1.0

@@ -36,6 +36,8 @@ class FakeServer:
     """Servers with this argument do not start."""
     dead = ""
     """Servers of this name die in their first turn."""
+    lossy: dict[str, list[str]]
+    """By name: what servers say of themselves."""
 
     start_s = 0.0
     """Of the clock, each start."""
@@ -61,6 +63,14 @@ class FakeServer:
         if FakeServer.dead == self.name:
             raise ServerError(f"the server died {when}")
 
+    def get(self, path: str) -> dict[str, Any]:
+        assert path == "/server_info"
+        if self.name == "plain":
+            return {"internal_states": [{}]}
+        modes = FakeServer.lossy.get(self.name, [])
+        lossy = {"verify_sparsity": modes, "verify_kv_ratio": 0.1} if modes else {}
+        return {"internal_states": [{"sparsespec": {"steps": {}, "lossy": lossy}}]}
+
     def __exit__(self, *exc: object) -> None:
         FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
 
@@ -83,6 +93,7 @@ class World:
         self.prices = {}
         self.limits: list[float] = []
         monkeypatch.setattr(runner, "time", SimpleNamespace(monotonic=lambda: World.now))
+        FakeServer.lossy = {}
         monkeypatch.setattr(runner, "Server", FakeServer)
         monkeypatch.setattr(runner, "warm_up", lambda server, source, scene: self._pay("warm_up", scene))
         monkeypatch.setattr(runner, "measure", self.measure)
@@ -133,6 +144,22 @@ def test_a_pair_is_gated_and_then_takes_turns(world: World, job: Job, h100: Mach
     assert world.gated == ["plain", "ours"]
     assert world.measured == [(name, batch, i) for batch in (2, 4) for i in (0, 1) for name in ("plain", "ours")]
     assert kinds(tmp_path) == ["gate"] + ["turn"] * 8
+
+
+def test_a_server_that_says_lossy_is_labelled(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:
+    """Options from a file, or spelt as nobody thought of, pass the plan by; and the gate is green, for its prompts are
+    short."""
+    FakeServer.lossy = {"ours": ["attention"]}
+    assert make(job, h100, tmp_path).run()
+    records = read_records(tmp_path / "results.jsonl")
+    ours = [record for record in records if record["record"] == "gate" or not record["is_baseline"]]
+    assert len(ours) == 5
+    for record in ours:
+        assert record["lossy"] == ["attention"]
+        assert record["contender"] == job.contenders[1].name + "-LOSSY"
+        assert record["label"].startswith("**LOSSY**: ")
+    assert all("LOSSY" not in record["contender"] for record in records if record.get("is_baseline"))
+    assert make(job, h100, tmp_path).pending == []
 
 
 def test_a_finished_run_starts_nothing(world: World, job: Job, h100: Machine, tmp_path: Path) -> None:

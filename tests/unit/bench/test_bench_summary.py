@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from bench_records import gate_record, turn_record
 
 from sglang_sparsespec.bench import plots
 from sglang_sparsespec.bench.cells import Contender, Job, Scene, Skip, Target
-from sglang_sparsespec.bench.model_check import check_all, plain_fit
+from sglang_sparsespec.bench.model_check import check_all, plain_fit, verify_share
 from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.summary import Row, current, rows
+from sglang_sparsespec.sparsity.anchors_file import write_anchors
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def paired(job: Job, plain_speeds: list[float], our_speeds: list[float], **ours_result: Any) -> list[dict[str, Any]]:
@@ -50,6 +54,17 @@ def test_speedup_needs_a_green_gate(job: Job, gates: list[bool], refusal: str) -
     page = markdown(records)
     assert ("3.00" in page) == (not refusal)
     assert ("refused" in page) == bool(refusal)
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_what_a_server_says_of_itself_is_no_refusal(job: Job, said: bool) -> None:
+    """The runner's word in a record stands for an option that the arguments do not show."""
+    records = [*paired(job, [100], [300]), gate_record(job, job.contenders[1], ok=False)]
+    for record in records:
+        if said and not record.get("is_baseline"):
+            record["lossy"] = ["attention"]
+    assert (row_of(rows(records), job.contenders[1]).ratio is None) != said
+    assert ("**LOSSY**, as asked" in markdown(records)) == said
 
 
 @pytest.mark.parametrize("compared", [False, True])
@@ -265,6 +280,34 @@ def test_model_is_not_applied_to_a_pool_that_is_too_small(job: Job) -> None:
         record["scene"] = vars(small.scenes[0])
     checks, notes = check_all(rows(records), {"machine": "an unknown card"})
     assert (checks, len(notes)) == ([], 1)
+
+
+def test_model_knows_what_a_sparse_verify_reads(job: Job, tmp_path: Path) -> None:
+    """A prediction that takes a sparse verify for a dense one would call every gain a surprise."""
+    options = (
+        "--sparsespec-verify-sparsity attention ffn --sparsespec-verify-kv-ratio 0 --sparsespec-verify-dense-below 0"
+    )
+    ours = Contender("x", "x", ("--speculative-algorithm", "SPARSESPEC", *options.split()))
+    # 2,000 tokens a request, of which two blocks are read, and K of all in every layer
+    share = 2 * 16 / 2000
+    assert verify_share(ours, 2000.0) == pytest.approx(share + 0.5)
+    anchors = tmp_path / "anchors.json"
+    model = {name: 1 for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")}
+    model |= {"num_hidden_layers": 8}
+    write_anchors(anchors, model={**model, "architectures": ["X"]}, block_size=16, anchors=[0, 4])
+    fewer = dataclasses.replace(ours, args=(*ours.args, "--sparsespec-verify-anchors", str(anchors)))
+    assert verify_share(fewer, 2000.0) == pytest.approx(share + 0.5 / 4)
+    long = dataclasses.replace(
+        job, contenders=(job.contenders[0], fewer), scenes=(Scene(128, 512, 2600, num_slices=4),)
+    )
+    records = sweep(long, our_extra_ms=0.0)
+    [check] = check_all(rows(records), {"machine": "an unknown card"})[0]
+    context = check.plain_kv / 40e-6 / 128
+    assert check.model.verify_kv == pytest.approx(check.plain_kv * verify_share(fewer, context))
+    anchors.unlink()
+    checks, notes = check_all(rows(records), {"machine": "an unknown card"})
+    assert checks == []
+    assert "anchors.json" in notes[0]
 
 
 def test_model_is_not_applied_without_a_fill_sweep(job: Job) -> None:

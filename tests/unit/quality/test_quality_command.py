@@ -51,11 +51,14 @@ def test_from_calibration_to_a_picture(
     file = read_anchors(anchors)
     assert len(file.anchors) == 2
     assert file.block_size == 8
+    assert file.calibration is not None
+    assert (file.calibration.ratio, file.calibration.dense_below) == (0.25, 40)
     out = capsys.readouterr().out
     assert f"anchors: 0 {file.anchors[1]} of 3 layers" in out
     [record] = [json.loads(line) for line in lines.read_text().splitlines()]
     assert record["anchors"] == list(file.anchors)
     assert len(record["similarity"]) == 3
+    assert cli.main(["plot", str(lines), "--plot", str(picture)]) == 2
     lines.unlink()
 
     options = ["--attention-ratio", "1", "0.1", "--anchors", EVERY_LAYER, str(anchors), "--ffn-threshold", "0", "0.1"]
@@ -66,7 +69,17 @@ def test_from_calibration_to_a_picture(
     assert len({row.count("|") for row in rows}) == 1
     assert "anchors anchors.json" in rows[-1]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    again = tmp_path / "again.png"
+    assert cli.main(["plot", str(lines), "--plot", str(again)]) == 0
+    drawn = again.read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "ffn_threshold"]) == 0
+    assert again.read_bytes() != drawn
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "moe_top_k"]) == 2
+    assert cli.main(["plot", str(lines), "--plot", str(again), "--only", "moe_topk"]) == 2
     records = [json.loads(line) for line in lines.read_text().splitlines()]
+    # what is drawn from a record is what it says
+    assert all(report.records([report.quality_of(record)], {})[0].items() <= record.items() for record in records)
     assert [record["lossy"] for record in records] == [False] + [True] * 5
     dense, *others = records
     assert dense["kl_by_text"] == [0.0, 0.0]
@@ -196,6 +209,22 @@ def test_a_line_is_recalled_if_all_digits_are(
         device = torch.device("cpu")
 
     assert measure.recall(Model(), Setting(), work) == [recalled]  # type: ignore[arg-type]
+
+
+def test_evenly_spaced_anchors_need_no_weights(
+    tmp_path: Path, tiny_qwen3_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A benchmark of a shape has a configuration and nothing else; its anchors must not pass for calibrated ones."""
+    shape, anchors = tmp_path / "shape", tmp_path / "anchors.json"
+    shape.mkdir()
+    (shape / "config.json").write_text((tiny_qwen3_path / "config.json").read_text())
+    options = ["--evenly-spaced", "--num-anchors", "2", "--block-size", "16", "--write", str(anchors)]
+    assert cli.main(["calibrate", str(shape), *options]) == 0
+    file = read_anchors(anchors)
+    assert (file.anchors, file.block_size, file.calibration) == ((0, 1), 16, None)
+    assert "evenly spaced, not calibrated" in capsys.readouterr().err
+    assert cli.main(["calibrate", str(shape), *options[:2], "9", *options[3:]]) == 2
+    assert "expected 1 to 3" in capsys.readouterr().err
 
 
 def quality(**changed: Any) -> Quality:

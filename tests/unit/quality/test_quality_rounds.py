@@ -18,7 +18,7 @@ from sglang_sparsespec.quality.rounds import VerifyRound
 from sglang_sparsespec.quality.rules import routers
 from sglang_sparsespec.quality.settings import Setting
 from sglang_sparsespec.quality.walk import Requests, Verifier
-from sglang_sparsespec.sparsity.anchors_file import write_anchors
+from sglang_sparsespec.sparsity.anchors_file import Calibration, write_anchors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,6 +158,10 @@ def test_layers_read_what_their_anchor_chose(tiny_qwen3_path: Path, tmp_path: Pa
     assert sorted(verify.kept) == [0, 2]
     with pytest.raises(ConfigError, match="block_size"):
         Verifier(model, Setting(**{**SPARSE, "block_size": 16}, anchors=every))
+    other = Calibration(weights="0" * 16, ratio=0.1, dense_below=32)
+    write_anchors(every, model=config, block_size=8, anchors=(0, 1, 2), calibration=other)
+    with pytest.raises(ConfigError, match="its weights"):
+        Verifier(model, Setting(**SPARSE, anchors=every))
 
 
 def test_each_nth_round_is_dense(tiny_qwen3_path: Path) -> None:
@@ -203,13 +207,43 @@ def test_fewer_experts_are_a_model_with_fewer_experts(kind: str, tiny_moe_paths:
     assert not torch.allclose(fewer, dense, atol=1e-2)
 
 
+def test_fewer_experts_keep_the_weights_of_a_router_that_does_not_normalise(tiny_moe_paths: dict[str, Path]) -> None:
+    """Weights that grow to the old sum are another model than the server's, whose router just chooses fewer."""
+    model, requests, ahead, _ = load(tiny_moe_paths["qwen3-moe"])
+    for router in routers(model.model):
+        router.norm_topk_prob = False
+    fewer = walk(model, Setting(num_steps=3, moe_top_k=2), requests, ahead)
+    for router in routers(model.model):
+        router.top_k = 2
+    torch.testing.assert_close(fewer, walk(model, Setting(num_steps=3), requests, ahead), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "mixtral"])
+def test_channels_of_experts(kind: str, tiny_moe_paths: dict[str, Path]) -> None:
+    """A threshold that nothing is below is the model; one that all are below leaves the experts out; in between it is
+    each expert's own channels."""
+    model, requests, ahead, _ = load(tiny_moe_paths[kind])
+    dense = walk(model, Setting(num_steps=3), requests, ahead)
+    found = walk(model, Setting(num_steps=3, ffn_threshold=1e-30), requests, ahead)
+    torch.testing.assert_close(found, dense, atol=1e-4, rtol=1e-4)
+    some = Verifier(model, Setting(num_steps=3, ffn_threshold=0.05))
+    between = torch.cat(list(some.along(requests, ahead[:, :-1])), dim=1)
+    assert 0.05 < some.kept_share("channels") < 0.95
+    assert not torch.allclose(between, dense, atol=1e-2)
+    without = walk(model, Setting(num_steps=3, ffn_threshold=1e9), requests, ahead)
+    assert torch.equal(walk(model, Setting(num_steps=3), requests, ahead), dense)
+    for name, weight in model.model.named_parameters():
+        if name.endswith("experts.down_proj"):
+            weight.data.zero_()
+    torch.testing.assert_close(without, walk(model, Setting(num_steps=3), requests, ahead), atol=1e-5, rtol=1e-5)
+
+
 def test_rules_that_a_model_has_no_layers_for(tiny_qwen3_path: Path, tiny_moe_paths: dict[str, Path]) -> None:
     """A rule without effect would be reported as one without loss."""
     dense, moe = load(tiny_qwen3_path)[0], load(tiny_moe_paths["mixtral"])[0]
     for model, options, complaint in (
         (dense, {"moe_top_k": 2}, "without experts"),
         (dense, {"moe_thresholds": (0.1,)}, "without experts"),
-        (moe, {"ffn_threshold": 0.1}, "mixture of experts"),
         (moe, {"moe_top_k": 5}, "at most 4"),
         (moe, {"moe_thresholds": (0.1,) * 4}, "at most 3"),
         (moe, {"moe_thresholds": (0.1,), "moe_top_k": 2}, "rivals"),

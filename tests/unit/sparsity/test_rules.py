@@ -24,6 +24,17 @@ def test_blocks_that_are_kept(length: int, kept: int) -> None:
     assert found.tolist() == [kept]
 
 
+def test_ratios_are_the_decimals_that_were_given() -> None:
+    """A double below the decimal loses a token wherever the product is whole: 0.29 x 100 is 28.999999999999996."""
+    for hundredths in range(101):
+        lengths = torch.arange(0, 2000)
+        found = attention.num_kept_blocks(lengths, ratio=hundredths / 100, dense_below=0, block_size=1)
+        kept = (lengths * hundredths // 100).clamp(min=2)
+        assert torch.equal(found, torch.where(lengths > 0, torch.minimum(kept, lengths), lengths)), hundredths
+    third = attention.num_kept_blocks(torch.tensor([3 * 10**6]), ratio=1 / 3, dense_below=0, block_size=1)
+    assert third.tolist() == [10**6]
+
+
 def test_a_ratio_of_one_keeps_everything() -> None:
     lengths = torch.arange(200)
     found = attention.num_kept_blocks(lengths, ratio=1.0, dense_below=0, block_size=16)

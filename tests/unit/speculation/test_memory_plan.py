@@ -183,7 +183,10 @@ def test_experts_have_room_for_what_the_host_allocates(experts: int, per_token: 
         taken = 2 * (max(halves + product, product + outputs) + num_rows * experts) + choices
         assert taken <= room
     # and nothing for a model without
-    assert memory._expert_elements(dense, num_rows) == 0
+    assert memory._expert_elements(dense, num_rows, False) == 0
+    # where channels are dropped: their sizes and which are small, while both halves and the product are there
+    more = memory._expert_elements(model, num_rows, True)
+    assert more >= num_rows * per_token * (2 * size + size + size + size / 2)
 
 
 @pytest.mark.parametrize("activation_gib", [0, 1, 8])
