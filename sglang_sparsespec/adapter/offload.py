@@ -114,7 +114,8 @@ class Offloader:
     def relieve(self, scheduler: Scheduler, batch: ScheduleBatch) -> None:
         """Make room for the next step of a running batch, in place of SGLang's retraction.
 
-        What may not move or finds no room on the host is left to SGLang: retracted, and logged.
+        What finds no room on the host is retracted, and logged; so is what may not move, once nothing else is left
+        but the senior of the batch, which always stays.
         """
         self._relieve(scheduler, batch)
         last = scheduler.last_batch
@@ -132,38 +133,55 @@ class Offloader:
         if needed <= room and not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
             return
         order = leaving_order([self._moves.seniority(r) for r in batch.reqs], [_is_movable(r) for r in batch.reqs])
-        retracted = []
+        retracted, num_fixed = [], 0
         while not batch.check_decode_mem(selected_indices=keep):
             if self._moves.give_up_slots(batch.tree_cache, Place.LEAVING):
                 continue
-            if len(keep) > 1 and order:
-                index = order.pop(0)
-                keep.remove(index)
-                req = batch.reqs[index]
-                # hooked: offloads, or retracts where the host is full
-                batch.release_req(index, len(keep), scheduler.server_args)
-                if not self.holds(req):
-                    retracted.append(req)
-            elif not self._moves.give_up_slots(batch.tree_cache, Place.RETURNING):
+            if order.movable:
+                index = order.movable.pop(0)
+            elif self._moves.give_up_slots(batch.tree_cache, Place.RETURNING):
+                continue
+            elif order.fixed:
+                index = order.fixed.pop(0)
+                num_fixed += 1
+            else:
                 break
-        self._start_early_departures(batch, keep, order)
+            keep.remove(index)
+            req = batch.reqs[index]
+            # hooked: offloads, or retracts what cannot move and where the host is full
+            batch.release_req(index, len(keep), scheduler.server_args)
+            if not self.holds(req):
+                retracted.append(req)
+        self._start_early_departures(batch, keep, order.movable)
         if len(keep) == len(batch.reqs):
             return
         batch.filter_batch(keep_indices=keep)
         batch.batch_is_full = False
         if retracted:
-            self._requeue(scheduler, batch, retracted)
+            self._requeue(scheduler, batch, retracted, num_fixed)
 
-    def _requeue(self, scheduler: Scheduler, batch: ScheduleBatch, retracted: list[Req]) -> None:
-        logger.log(
-            logging.WARNING if self._ranks.leads else logging.DEBUG,
-            "SPARSESPEC: host memory is full (%d requests, %.1f of %.1f GB); retracting %d request(s), which will be "
-            "prefilled again. Raise --sparsespec-host-memory-gb, or lower --max-running-requests.",
-            len(self._ledger),
-            self._moves.host.used_bytes / 1e9,
-            self._moves.host.num_bytes / 1e9,
-            len(retracted),
-        )
+    def _requeue(
+        self, scheduler: Scheduler, batch: ScheduleBatch, retracted: list[Req], num_fixed: int
+    ) -> None:
+        level = logging.WARNING if self._ranks.leads else logging.DEBUG
+        if num_fixed:
+            logger.log(
+                level,
+                "SPARSESPEC: the pool is full and nobody is left that could move but the oldest request, which stays; "
+                "retracting %d request(s) whose first token is not known yet, or that cannot move. Raise "
+                "--schedule-conservativeness, so that fewer are admitted.",
+                num_fixed,
+            )
+        if len(retracted) > num_fixed:
+            logger.log(
+                level,
+                "SPARSESPEC: host memory is full (%d requests, %.1f of %.1f GB); retracting %d request(s), which will "
+                "be prefilled again. Raise --sparsespec-host-memory-gb, or lower --max-running-requests.",
+                len(self._ledger),
+                self._moves.host.used_bytes / 1e9,
+                self._moves.host.num_bytes / 1e9,
+                len(retracted) - num_fixed,
+            )
         scheduler.metrics_reporter.num_retracted_reqs = len(retracted)
         scheduler.new_token_ratio_tracker.current = NewTokenRatioTracker.estimate_new_token_ratio_after_retract(
             batch.reqs
@@ -171,24 +189,26 @@ class Offloader:
         for req in retracted:
             scheduler._add_request_to_queue(req, is_retracted=True)
 
-    def _start_early_departures(self, batch: ScheduleBatch, keep: list[int], order: list[int]) -> None:
+    def _start_early_departures(self, batch: ScheduleBatch, keep: list[int], movable: list[int]) -> None:
         """Below the watermark, begin to copy before the pool is full: the slots are free when the copy is done."""
-        while order and len(keep) > 1:
+        while movable:
             room = self._room(batch.tree_cache) + self._ledger.device_tokens(Place.LEAVING)
             needed = batch.new_tokens_required_next_decode(keep)
             if not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
                 return
-            index = order.pop(0)
+            index = movable.pop(0)
             if not self._moves.depart(batch.reqs[index]):
                 return
             keep.remove(index)
 
     def take(self, batch: ScheduleBatch, req: Req) -> bool:
-        """Offload a request and free its slots before returning; False where it cannot move, and nothing is done."""
-        if not _is_movable(req):
-            return False
-        if not self._moves.depart(req):
-            self._metrics.refused()
+        """Offload a request and free its slots before returning; False where it cannot move, and nothing is done.
+
+        A refusal is counted, for SGLang retracts the request then; not where the request is about to end anyway.
+        """
+        if not _is_movable(req) or not self._moves.depart(req):
+            if not _is_ending(req):
+                self._metrics.refused()
             return False
         self._moves.free_device(batch.tree_cache, self._ledger.entry(req.rid))
         return True
@@ -287,5 +307,8 @@ def _is_movable(req: Req) -> bool:
     After a prefill whose result has not arrived yet the first token is known to the device alone.
     """
     is_settled = req.kv is not None and req.kv_committed_len == req.seqlen - 1
-    is_ending = req.finished() or req.to_finish is not None
-    return is_settled and not is_ending and req.session is None and req.input_embeds is None
+    return is_settled and not _is_ending(req) and req.session is None and req.input_embeds is None
+
+
+def _is_ending(req: Req) -> bool:
+    return req.finished() or req.to_finish is not None

@@ -34,7 +34,7 @@ COUNTERS = {
     "copy_in_seconds": "Time that copies of KV from host memory took.",
     "offload_stalls": "Times that the scheduler waited for a copy to end.",
     "offload_lost_rounds": "Rounds whose result was dropped because the request left while it was in flight.",
-    "offload_refusals": "Requests retracted because host memory was full.",
+    "offload_refusals": "Requests retracted: host memory was full, or they could not move.",
     **ROUND_COUNTERS,
 }
 
@@ -80,7 +80,7 @@ class OffloadMetrics:
         self.counts["offload_stalls"] += 1
 
     def refused(self) -> None:
-        """Host memory is full; a request is retracted."""
+        """A request is retracted: host memory is full, or it cannot move."""
         self.counts["offload_refusals"] += 1
 
     def report(self) -> None:

@@ -92,10 +92,24 @@ class MovePolicy:
         return 1 + -(-new_tokens // max(1, rounds - 1))
 
 
-def leaving_order(seniorities: Sequence[Seniority], is_movable: Sequence[bool]) -> list[int]:
-    """Indices of the movable requests, the first to leave first."""
-    movable = [index for index, can_move in enumerate(is_movable) if can_move]
-    return sorted(movable, key=lambda index: seniorities[index], reverse=True)
+class LeavingOrder(NamedTuple):
+    """Indices of all running requests but the senior, the first to leave first."""
+
+    movable: list[int]
+    """They take their KV along."""
+    fixed: list[int]
+    """They would lose it: only once no other is left."""
+
+
+def leaving_order(seniorities: Sequence[Seniority], is_movable: Sequence[bool]) -> LeavingOrder:
+    """In which order requests make room; the last that arrived first, and the senior never.
+
+    Args:
+        seniorities: of the running requests, at least one.
+        is_movable: whether each could leave with its KV.
+    """
+    juniors = sorted(range(len(seniorities)), key=lambda index: seniorities[index], reverse=True)[:-1]
+    return LeavingOrder([i for i in juniors if is_movable[i]], [i for i in juniors if not is_movable[i]])
 
 
 def may_enter(rank: int, waiting_outside: Sequence[Seniority]) -> bool:

@@ -235,6 +235,41 @@ def test_a_full_host_retracts_and_says_so(
     assert host.scheduler.new_token_ratio_tracker.current != 0.1, "SGLang admits less after a retraction"
 
 
+def test_the_senior_stays_though_nobody_else_can_move(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Newcomers whose prefill is in flight cannot move; if the oldest left for them, it could do so for ever."""
+    host = machine(is_radix=False)
+    offload_on_release(monkeypatch, host)
+    batch = fill(host, 3)
+    senior, *fresh = batch.reqs
+    for req in fresh:
+        req.output_ids, req.kv_committed_len = array("q"), 30
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.check_decode_mem()
+    assert batch.reqs == [senior, *fresh[: len(batch.reqs) - 1]]
+    assert len(host.offloader) == 0
+    assert host.queued == fresh[len(batch.reqs) - 1 :]
+    assert host.metrics.counts["offload_refusals"] == len(host.queued) > 0
+    assert "the oldest request, which stays" in caplog.text
+    assert "host memory is full" not in caplog.text
+
+
+def test_the_senior_does_not_leave_early_either(machine: Callable[..., Machine]) -> None:
+    """Below the watermark copies start before they must: of the oldest, if all others are too fresh."""
+    host = machine(is_radix=False)
+    senior, fresh = host.request(prompt(30), 10), host.request(prompt(30, seed=1), 1)
+    batch = host.run(senior, fresh)
+    fresh.output_ids, fresh.kv_committed_len = array("q"), 30
+    host.allocator.alloc(host.allocator.available_size())
+    needed = batch.new_tokens_required_next_decode()
+    assert host.offloader._policy.should_leave(room=0, needed=needed, num_running=2)
+    assert batch.check_decode_mem()
+    host.offloader.relieve(host.scheduler, batch)
+    assert batch.reqs == [senior, fresh]
+    assert len(host.offloader) == 0
+
+
 @pytest.mark.parametrize("place", [Place.LEAVING, Place.RETURNING])
 def test_the_last_running_request_gets_what_copies_hold(
     machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place

@@ -15,15 +15,17 @@ K1 = 9
 def test_the_last_that_arrived_leaves_first() -> None:
     """With any other order the oldest request may never end."""
     seniorities = [Seniority(0, arrival, f"r{arrival}") for arrival in (3.0, 1.0, 4.0, 2.0)]
-    assert leaving_order(seniorities, [True] * 4) == [2, 0, 3, 1]
-    assert leaving_order(seniorities, [True, True, False, True]) == [0, 3, 1]
-    assert leaving_order(seniorities, [False] * 4) == []
+    assert leaving_order(seniorities, [True] * 4) == ([2, 0, 3], [])
+    assert leaving_order(seniorities, [True, True, False, True]) == ([0, 3], [2])
+    assert leaving_order(seniorities, [False] * 4) == ([], [2, 0, 3])
+    assert leaving_order(seniorities, [False, True, False, False]) == ([], [2, 0, 3]), "the senior could, and stays"
+    assert leaving_order(seniorities[:1], [True]) == ([], [])
 
 
 def test_priority_comes_before_arrival() -> None:
     """A request that the operator prefers must not leave because it came late."""
     preferred, other = Seniority(-5, 9.0, "late"), Seniority(0, 1.0, "early")
-    assert leaving_order([preferred, other], [True, True]) == [1, 0]
+    assert leaving_order([preferred, other], [True, True]).movable == [1]
     assert may_enter(-6, [preferred, other])
     assert not may_enter(-5, [preferred, other])
     assert not may_enter(0, [other])
@@ -105,7 +107,7 @@ class Pool:
         while len(running) > 1 and self.policy.should_leave(
             room=self.room, needed=K1 * len(running), num_running=len(running)
         ):
-            leaving = running[leaving_order([r.seniority for r in running], [True] * len(running))[0]]
+            leaving = running[leaving_order([r.seniority for r in running], [True] * len(running)).movable[0]]
             assert leaving is not running[0], "the oldest never moves"
             leaving.place, leaving.moves = "host", leaving.moves + 1
             running = self.at("running")
