@@ -17,9 +17,12 @@ When SGLang calls: `patches/offload.py`. Who moves: `kv/policy.py`. How one requ
 from __future__ import annotations
 
 import logging
+import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.io_struct import AbortReq
+from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
 from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
 
@@ -219,6 +222,7 @@ class Offloader:
         self, scheduler: Scheduler, running: ScheduleBatch, last_batch: ScheduleBatch | None
     ) -> ScheduleBatch:
         """Collect copies that are done, start others, and let those that are back join the running batch."""
+        self._end_overdue(scheduler)
         for entry in self._done(Place.LEAVING):
             self._moves.free_device(scheduler.tree_cache, entry)
         live = {id(req): req for req in running.reqs if not req.finished()}
@@ -280,13 +284,38 @@ class Offloader:
     # Ends
 
     def abort(self, scheduler: Scheduler, rid: str, abort_all: bool) -> None:
-        """End every request here whose id starts with `rid`, as SGLang does with its waiting queue."""
+        """End every request here whose id starts with `rid`, as SGLang ends one that runs."""
         for entry in self._ledger.entries():
             if abort_all or entry.request.rid.startswith(rid):
                 if self._ranks.leads:
                     logger.info("SPARSESPEC: aborted request %s (%s)", entry.request.rid, entry.place.value)
-                self._moves.drop(scheduler.tree_cache, entry)
-                scheduler.ipc_channels.send_to_tokenizer.send_output(AbortReq(rid=entry.request.rid), entry.request)
+                self._end(scheduler, entry, FINISH_ABORT())
+
+    def _end_overdue(self, scheduler: Scheduler) -> None:
+        """SGLang's limit on the time that a request runs, which it looks for in its running batch: those here count."""
+        timeout_s = envs.SGLANG_REQ_RUNNING_TIMEOUT.get()
+        if timeout_s <= 0:
+            return
+        deadline = time.perf_counter() - timeout_s
+        entries = self._ledger.entries()
+        overdue = {e.seniority.rid: 0 < e.request.time_stats.forward_entry_time < deadline for e in entries}
+        # each rank has a clock of its own; all come by here in the same iterations, as for `_done`
+        agreed = self._ranks.all_hold("running for too long", overdue)
+        for entry in entries:
+            if agreed[entry.seniority.rid]:
+                reason = FINISH_ABORT("Request running timeout reached.", HTTPStatus.SERVICE_UNAVAILABLE)
+                self._end(scheduler, entry, reason)
+
+    def _end(self, scheduler: Scheduler, entry: Entry[Req], reason: FINISH_ABORT) -> None:
+        """As SGLang does when a running request ends: the client gets the output so far, the counts and the reason."""
+        self._moves.drop(scheduler.tree_cache, entry)
+        req = entry.request
+        req.to_finish = reason
+        req.update_finish_state()
+        if req.multimodal_inputs is not None:
+            req.multimodal_inputs.release_features()
+        req.time_stats.set_completion_time()
+        scheduler.output_streamer.stream_output([req], req.return_logprob)
 
     def retract_all(self, scheduler: Scheduler) -> None:
         """Give every request back to SGLang's queue, to be prefilled again: its KV may belong to other weights."""

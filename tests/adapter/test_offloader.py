@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -113,13 +114,61 @@ def test_abort_gives_everything_back(
     host.offloader.abort(host.scheduler, "nobody", abort_all=False)
     assert host.offloader.holds(req)
     host.offloader.abort(host.scheduler, req.rid[:2], abort_all=False)
-    assert [message.rid for message in host.sent] == [req.rid]
+    assert [message.rids for message in host.sent] == [[req.rid]]
     assert (req.req_pool_idx, req.kv) == (None, None)
     assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
     # what the other request holds, in whole pages: 33 committed tokens, of them 30 of its prompt, and its reserve
     held = -(-(33 + 2 * K1) // page_size) * page_size
     assert host.allocator.available_size() + host.tree.evictable_size() == POOL_TOKENS - held
+
+
+@pytest.mark.parametrize("place", list(Place))
+def test_an_aborted_request_answers_as_if_it_had_been_running(
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place
+) -> None:
+    """A stream that ends without its last tokens, or an answer without prompt tokens and counts."""
+    host = machine()
+    req = move_to(host, place)
+    req.stream, req.spec_verify_ct = True, 4
+    # what the client has got already
+    req.send_token_offset = 3
+    host.offloader.abort(host.scheduler, "", abort_all=True)
+    (message,) = host.sent
+    assert req.finished()
+    assert [reason["type"] for reason in message.finished_reasons] == ["abort"]
+    assert message.finished_reasons[0]["message"] == "Aborted"
+    assert [list(ids) for ids in message.output_ids] == [list(range(103, 110))]
+    assert (message.prompt_tokens, message.completion_tokens, message.spec_verify_ct) == ([40], [10], [4])
+    # the round in flight comes by with it once more
+    host.scheduler.output_streamer.stream_output([req], False)
+    assert len(host.sent) == 1
+
+
+@pytest.mark.parametrize("place", list(Place))
+def test_time_in_host_memory_counts_as_running(
+    machine: Callable[..., Machine],
+    slow_copies: set[copies.Transfer],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Place,
+) -> None:
+    """A request that its operator limits to a minute, and that waits for hours where SGLang does not look."""
+    monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "60")
+    host = machine()
+    req = move_to(host, place)
+    running = SimpleNamespace(reqs=[])
+    now = time.perf_counter()
+    req.time_stats.forward_entry_time = now - 30
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    assert host.sent == []
+    assert host.offloader.holds(req)
+    req.time_stats.forward_entry_time = now - 61
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    (message,) = host.sent
+    assert message.finished_reasons[0]["message"] == "Request running timeout reached."
+    assert message.finished_reasons[0]["status_code"] == 503
+    assert len(host.offloader) == host.offloader._moves.host.used_bytes == 0
+    assert host.rows.available_size() == NUM_ROWS - 1
 
 
 @pytest.mark.parametrize("place", list(Place))

@@ -101,6 +101,7 @@ def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_recor
     doomed = pressure.Doomed(live, waves=2)
     outputs = pressure.send(live, [exchange.payload for exchange in pressure_record], pressure.MAX_RUNNING)
     doomed.join()
+    assert pressure.assert_aborted_alike(live, doomed.responses) > 0
     assert_answers(pressure_record, outputs)
     assert sum(output["meta_info"]["num_retractions"] for output in outputs) == 0
     assert_nothing_is_left(live)
@@ -168,5 +169,6 @@ def test_aborts_while_host_memory_fails(faulty_server: tuple[str, Server], press
     doomed = pressure.Doomed(live, waves=3)
     outputs = pressure.send(live, payloads_for(name, exchanges), concurrency=16)
     doomed.join()
+    pressure.assert_aborted_alike(live, doomed.responses)
     assert_greedy_parity(exchanges, outputs)
     assert_nothing_is_left(live)

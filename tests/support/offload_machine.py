@@ -21,6 +21,8 @@ class Machine:
     def __init__(
         self, args: Any, *, is_radix: bool, host_blocks: int = 40, queues: Any = None, ranks: Any = None
     ) -> None:
+        from sglang.srt.disaggregation.utils import DisaggregationMode
+        from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -65,8 +67,15 @@ class Machine:
             chunked_req=None,
             waiting_queue=[],
             get_num_allocatable_reqs=lambda running: self.rows.available_size(),
-            ipc_channels=SimpleNamespace(
-                send_to_tokenizer=SimpleNamespace(send_output=lambda message, req: self.sent.append(message))
+            output_streamer=SchedulerOutputStreamer(
+                send_to_detokenizer=SimpleNamespace(send_output=self.sent.append),
+                tree_cache=self.tree,
+                ps=SimpleNamespace(dp_rank=0, attn_tp_rank=0),
+                server_args=args,
+                is_generation=True,
+                spec_algorithm=algorithm,
+                disaggregation_mode=DisaggregationMode.NULL,
+                enable_hicache_storage=lambda: False,
             ),
             last_batch=None,
             metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
