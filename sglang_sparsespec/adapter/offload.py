@@ -31,7 +31,7 @@ from sglang_sparsespec.adapter.moves import Moves
 from sglang_sparsespec.adapter.rejoin import join_running
 from sglang_sparsespec.adapter.round_clock import FULL_SHARE
 from sglang_sparsespec.kv.ledger import Entry, Place
-from sglang_sparsespec.kv.policy import MovePolicy, leaving_order, may_enter
+from sglang_sparsespec.kv.policy import MovePolicy, leaving_order, may_enter, precedes
 from sglang_sparsespec.kv.queues import device_queues
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ class Offloader:
 
     def may_enter(self, req: Req) -> bool:
         """Whether a waiting request may be admitted before those in host memory."""
-        return may_enter(self._moves.seniority(req).rank, [entry.seniority for entry in self._ledger.entries()])
+        offloaded = [entry.seniority for entry in self._ledger.entries()]
+        return may_enter(self._moves.seniority(req), offloaded, has_run=_has_run(req))
 
     # Out
 
@@ -185,12 +186,26 @@ class Offloader:
                 self._moves.host.num_bytes / 1e9,
                 len(retracted) - num_fixed,
             )
-        scheduler.metrics_reporter.num_retracted_reqs = len(retracted)
+        reporter = scheduler.metrics_reporter
+        reporter.num_retracted_reqs = len(retracted)
+        if reporter.enable_metrics:
+            reporter.metrics_collector.increment_retracted_reqs(
+                num_retracted_reqs=len(retracted),
+                num_retracted_input_tokens=sum(len(req.origin_input_ids) for req in retracted),
+                num_retracted_output_tokens=sum(len(req.output_ids) for req in retracted),
+            )
         scheduler.new_token_ratio_tracker.current = NewTokenRatioTracker.estimate_new_token_ratio_after_retract(
             batch.reqs
         )
         for req in retracted:
             scheduler._add_request_to_queue(req, is_retracted=True)
+        self._put_retracted_first(scheduler)
+
+    def _put_retracted_first(self, scheduler: Scheduler) -> None:
+        """SGLang appends them to its queue, where they would wait for all who have come since."""
+        queue = scheduler.waiting_queue
+        retracted = sorted((req for req in queue if _has_run(req)), key=self._moves.seniority)
+        scheduler.waiting_queue = retracted + [req for req in queue if not _has_run(req)]
 
     def _start_early_departures(self, batch: ScheduleBatch, keep: list[int], movable: list[int]) -> None:
         """Below the watermark, begin to copy before the pool is full: the slots are free when the copy is done."""
@@ -279,7 +294,10 @@ class Offloader:
                 return
 
     def _is_outranked(self, scheduler: Scheduler, entry: Entry[Req]) -> bool:
-        return any(self._moves.seniority(req).rank < entry.seniority.rank for req in scheduler.waiting_queue)
+        return any(
+            precedes(self._moves.seniority(req), entry.seniority, has_run=_has_run(req))
+            for req in scheduler.waiting_queue
+        )
 
     # Ends
 
@@ -323,6 +341,7 @@ class Offloader:
             self._moves.drop(scheduler.tree_cache, entry)
             entry.request.reset_for_retract()
             scheduler._add_request_to_queue(entry.request)
+        self._put_retracted_first(scheduler)
 
     # Numbers
 
@@ -337,6 +356,11 @@ def _is_movable(req: Req) -> bool:
     """
     is_settled = req.kv is not None and req.kv_committed_len == req.seqlen - 1
     return is_settled and not _is_ending(req) and req.session is None and req.input_embeds is None
+
+
+def _has_run(req: Req) -> bool:
+    """Of a request in SGLang's queue: whether it was retracted."""
+    return req.retraction_count > 0
 
 
 def _is_ending(req: Req) -> bool:

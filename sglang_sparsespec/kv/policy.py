@@ -112,6 +112,14 @@ def leaving_order(seniorities: Sequence[Seniority], is_movable: Sequence[bool]) 
     return LeavingOrder([i for i in juniors if is_movable[i]], [i for i in juniors if not is_movable[i]])
 
 
-def may_enter(rank: int, waiting_outside: Sequence[Seniority]) -> bool:
-    """Whether a new request of `rank` may be admitted while others wait in host memory: if it outranks all of them."""
-    return all(rank < seniority.rank for seniority in waiting_outside)
+def precedes(queued: Seniority, offloaded: Seniority, *, has_run: bool) -> bool:
+    """Whether a request in the host's queue gets room before one in host memory.
+
+    A new one only if it outranks it; one that has run, and was retracted, also if it arrived before it.
+    """
+    return queued < offloaded if has_run else queued.rank < offloaded.rank
+
+
+def may_enter(queued: Seniority, offloaded: Sequence[Seniority], *, has_run: bool) -> bool:
+    """Whether a request in the host's queue may be admitted while others wait in host memory."""
+    return all(precedes(queued, other, has_run=has_run) for other in offloaded)

@@ -270,10 +270,17 @@ def test_a_full_host_retracts_and_says_so(
     monkeypatch.setattr(copies.HostPool, "alloc", lambda pool, num_tokens: None)
     offload_on_release(monkeypatch, host)
     batch = fill(host, 6)
-    youngest = batch.reqs[-1]
+    running, newcomer = list(batch.reqs), SimpleNamespace(retraction_count=0)
+    host.scheduler.waiting_queue = [newcomer]
     host.offloader.relieve(host.scheduler, batch)
     assert batch.check_decode_mem()
-    assert host.queued[0] is youngest
+    assert host.queued.pop() is newcomer, "retracted requests come before those that have never run"
+    assert host.queued == running[-len(host.queued) :]
+    assert host.retracted == {
+        "num_retracted_reqs": len(host.queued),
+        "num_retracted_input_tokens": 30 * len(host.queued),
+        "num_retracted_output_tokens": (10 + K1) * len(host.queued),
+    }, "SGLang's counters"
     assert all(req.retraction_count == 1 and req.kv is None for req in host.queued)
     assert (
         host.metrics.counts["offload_refusals"]
@@ -381,6 +388,23 @@ def test_the_senior_returns_first_and_leaves_room(machine: Callable[..., Machine
     assert batch.reqs == reqs[:2]
     host.allocator.free(taken)
     assert host.iterate(batch).reqs == reqs
+
+
+def test_a_retracted_senior_comes_before_juniors_in_host_memory(machine: Callable[..., Machine]) -> None:
+    """It would wait until all of them had returned, and they would take the room that it waits for."""
+    host = machine(is_radix=False)
+    reqs = [host.request(prompt(20, seed=i), 5) for i in range(4)]
+    batch = host.run(*reqs)
+    host.leave(batch, reqs[1], reqs[3])
+    batch.release_req(1, 1, host.args)
+    batch.filter_batch(keep_indices=[0])
+    host.scheduler._add_request_to_queue(reqs[2], is_retracted=True)
+    assert not host.offloader.may_enter(reqs[2]), "its elder comes first"
+    assert host.iterate(batch).reqs == reqs[:2]
+    assert host.iterate(batch).reqs == reqs[:2], "the other one waits for it"
+    assert host.offloader.may_enter(reqs[2])
+    host.scheduler.waiting_queue = []
+    assert host.iterate(batch).reqs == [*reqs[:2], reqs[3]]
 
 
 def test_priorities_decide_before_arrival(machine: Callable[..., Machine]) -> None:

@@ -50,7 +50,6 @@ class Machine:
         stream = torch.cpu.Stream()
         algorithm = SpeculativeAlgorithm.from_string("SPARSESPEC")
         self.sent: list[Any] = []
-        self.queued: list[Any] = []
         self.scheduler: Any = SimpleNamespace(
             server_args=args,
             device="cpu",
@@ -78,10 +77,15 @@ class Machine:
                 enable_hicache_storage=lambda: False,
             ),
             last_batch=None,
-            metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
+            metrics_reporter=SimpleNamespace(
+                num_retracted_reqs=0,
+                enable_metrics=True,
+                metrics_collector=SimpleNamespace(increment_retracted_reqs=self._count_retracted),
+            ),
             new_token_ratio_tracker=SimpleNamespace(current=0.1),
-            _add_request_to_queue=lambda req, is_retracted=False: self.queued.append(req),
+            _add_request_to_queue=lambda req, is_retracted=False: self.scheduler.waiting_queue.append(req),
         )
+        self.retracted = {"num_retracted_reqs": 0, "num_retracted_input_tokens": 0, "num_retracted_output_tokens": 0}
         self.saved: dict[int, Any] = {}
         self.forgotten: list[str] = []
         block_bytes = copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4
@@ -107,6 +111,14 @@ class Machine:
             ranks=ranks,
         )
         self._arrivals = itertools.count(1)
+
+    @property
+    def queued(self) -> list[Any]:
+        return self.scheduler.waiting_queue  # type: ignore[no-any-return]
+
+    def _count_retracted(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self.retracted[name] += number
 
     @property
     def buffers(self) -> list[torch.Tensor]:

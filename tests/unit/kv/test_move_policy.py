@@ -26,10 +26,18 @@ def test_priority_comes_before_arrival() -> None:
     """A request that the operator prefers must not leave because it came late."""
     preferred, other = Seniority(-5, 9.0, "late"), Seniority(0, 1.0, "early")
     assert leaving_order([preferred, other], [True, True]).movable == [1]
-    assert may_enter(-6, [preferred, other])
-    assert not may_enter(-5, [preferred, other])
-    assert not may_enter(0, [other])
-    assert may_enter(0, [])
+
+
+@pytest.mark.parametrize("has_run", [False, True], ids=["new", "retracted"])
+def test_who_is_admitted_while_others_are_in_host_memory(has_run: bool) -> None:
+    """New requests that overtake restored ones; or a retracted elder that waits for its juniors."""
+    preferred, other = Seniority(-5, 9.0, "late"), Seniority(0, 5.0, "early")
+    assert may_enter(Seniority(-6, 20.0, "x"), [preferred, other], has_run=has_run)
+    assert not may_enter(Seniority(-5, 20.0, "x"), [preferred, other], has_run=has_run)
+    assert may_enter(Seniority(-5, 1.0, "x"), [preferred, other], has_run=has_run) is has_run
+    assert not may_enter(Seniority(0, 7.0, "x"), [other], has_run=has_run)
+    assert may_enter(Seniority(0, 4.0, "x"), [other], has_run=has_run) is has_run
+    assert may_enter(Seniority(0, 9.0, "x"), [], has_run=has_run)
 
 
 def test_who_returns_leaves_room_for_the_others() -> None:
