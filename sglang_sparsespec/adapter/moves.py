@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_sparsespec.adapter.host_memory import AUTO, AUTO_POOLS
 from sglang_sparsespec.config import OPTION_PREFIX
-from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.errors import ConfigError, PinError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
 from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, to_host
 from sglang_sparsespec.kv.policy import Seniority
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SavedSelection
 
 logger = logging.getLogger(__name__)
+
+OPTION = f"{OPTION_PREFIX}host-memory-gb"
 
 
 class RequestState(NamedTuple):
@@ -62,7 +64,7 @@ class Moves:
         ranks: that move the same requests.
 
     Raises:
-        ConfigError: if the memory does not hold one block.
+        ConfigError: if the memory does not hold one block, or cannot be pinned.
     """
 
     def __init__(
@@ -89,10 +91,19 @@ class Moves:
             num_bytes = min(num_bytes, AUTO_POOLS * self._allocator.size * sum(widths) * pool.store_dtype.itemsize)
         # once at start, on every rank; from then on equal pools are full at the same moment
         num_bytes = ranks.least("bytes of host memory", num_bytes)
-        self.host = HostPool(widths, pool.store_dtype, num_bytes, block_tokens=BLOCK_TOKENS, is_pinned=is_cuda)
+        try:
+            self.host = HostPool(widths, pool.store_dtype, num_bytes, block_tokens=BLOCK_TOKENS, is_pinned=is_cuda)
+        except PinError as error:
+            raise ConfigError(
+                OPTION,
+                server_args.sparsespec_host_memory_gb,
+                f"memory that can be pinned; on this rank, one of {ranks.size}, it cannot: {error}",
+                "Lower it, raise the limits on locked memory (`ulimit -l`) or of the container, or give 0 to have "
+                "requests retracted.",
+            ) from error
         if self.host.num_blocks == 0:
             raise ConfigError(
-                f"{OPTION_PREFIX}host-memory-gb",
+                OPTION,
                 server_args.sparsespec_host_memory_gb,
                 f"at least {ranks.size * BLOCK_TOKENS * self.host.bytes_per_token / 1e9:.3g} ({BLOCK_TOKENS} tokens, "
                 f"on each of {ranks.size} ranks)",

@@ -14,11 +14,13 @@ Invariant: a block is free or belongs to one request; nothing here waits for the
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_sparsespec.errors import PinError
 from sglang_sparsespec.ops.kv_tokens import KvBuffers, gather_tokens, scatter_tokens
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ class HostPool:
             layer).
         dtype: element type of all of them.
         num_bytes: budget; rounded down to whole blocks.
-        is_pinned: register the memory with CUDA.
+        is_pinned: register the memory with CUDA, for as long as this object lives.
+
+    Raises:
+        PinError: CUDA refuses to.
     """
 
     def __init__(
@@ -62,6 +67,9 @@ class HostPool:
         self._memory = torch.empty(self.num_blocks * block_tokens, sum(widths), dtype=dtype)
         if is_pinned and self.num_blocks > 0:
             _register(self._memory)
+            # memory that is freed while registered cannot be registered again by whoever gets it next. The finalizer
+            # keeps it alive until then; at the end of the process CUDA may be gone before it, and needs no telling
+            weakref.finalize(self, _unregister, self._memory).atexit = False
         self.free_blocks = list(range(self.num_blocks))
         """In ascending order, so that neighbours are found."""
 
@@ -223,6 +231,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def _register(memory: Tensor) -> None:
     # not `pin_memory=True`: torch's allocator rounds pinned memory up to a power of two
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
-    if int(code) != 0:
-        raise RuntimeError(f"CUDA could not pin {memory.numel() * memory.element_size() / 1e9:.1f} GB (code {code}).")
+    num_bytes = memory.numel() * memory.element_size()
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    if code != 0:
+        raise PinError(num_bytes, code)
+
+
+def _unregister(memory: Tensor) -> None:
+    # waits for copies that still use it; an error has nobody who could do anything about it
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.errors import ConfigError, PinError
 from sglang_sparsespec.kv import offload as copies
 from sglang_sparsespec.kv.ledger import Place
 from tests.support.offload_machine import K1, LAYERS, NUM_ROWS, POOL_TOKENS, Machine, prompt
@@ -357,6 +357,19 @@ def test_memory_for_less_than_a_block_is_refused(machine: Callable[..., Machine]
     least = f"{copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4 / 1e9:.3g}"
     with pytest.raises(ConfigError, match=rf"^--sparsespec-host-memory-gb is 0.1; it must be at least {least} "):
         machine(host_blocks=0)
+
+
+def test_memory_that_cannot_be_pinned_is_the_operators_to_mend(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback with a number of CUDA's, and not a word of the option that asked for the memory."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PinError(8_000_000_000, 2)
+
+    monkeypatch.setattr("sglang_sparsespec.adapter.moves.HostPool", refuse)
+    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 0.1; .*8 GB.*cudaError 2.*Lower it"):
+        machine()
 
 
 def test_a_request_that_is_not_settled_stays(machine: Callable[..., Machine]) -> None:

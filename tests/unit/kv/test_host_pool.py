@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import re
+
 import pytest
 import torch
 
+from sglang_sparsespec.errors import PinError
 from sglang_sparsespec.kv.offload import HostPool, Mover, to_host
 from sglang_sparsespec.kv.queues import device_queues
 
@@ -121,6 +125,61 @@ def test_memory_below_one_block_holds_nothing(num_bytes: int) -> None:
     host = HostPool([16, 16, 8, 8], torch.float32, num_bytes, block_tokens=BLOCK)
     assert host.num_blocks == host.num_bytes == 0
     assert host.alloc(1) is None
+
+
+class FakeCudart:
+    """Registers memory as CUDA does: no address twice; error codes are enums that do not print their number."""
+
+    class Error:
+        def __init__(self, code: int) -> None:
+            self._code = code
+
+        def __int__(self) -> int:
+            return self._code
+
+        def __str__(self) -> str:
+            return "cudaError.???"
+
+    def __init__(self, limit: int = 1 << 40) -> None:
+        self.registered: dict[int, int] = {}
+        self._limit = limit
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> FakeCudart.Error:  # noqa: N802
+        if any(a < address + num_bytes and address < a + size for a, size in self.registered.items()):
+            return self.Error(712)
+        if num_bytes > self._limit:
+            return self.Error(2)
+        self.registered[address] = num_bytes
+        return self.Error(0)
+
+    def cudaHostUnregister(self, address: int) -> FakeCudart.Error:  # noqa: N802
+        return self.Error(0 if self.registered.pop(address, None) else 713)
+
+
+@pytest.mark.parametrize("is_in_cycle", [False, True], ids=["counted", "cycle"])
+def test_memory_is_pinned_as_long_as_its_pool_lives(monkeypatch: pytest.MonkeyPatch, is_in_cycle: bool) -> None:
+    """Memory freed while registered: the next pool at the address is refused, or another user's copies are."""
+    cudart = FakeCudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    for _ in range(3):
+        host = HostPool([2, 2], torch.float32, 1 << 16, block_tokens=4, is_pinned=True)
+        address = host._memory.data_ptr()
+        assert cudart.registered == {address: host.num_bytes}
+        if is_in_cycle:
+            host.itself = host  # type: ignore[attr-defined]
+        del host
+        gc.collect()
+        assert cudart.registered == {}
+
+
+def test_memory_that_cannot_be_pinned_names_size_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudaError.???` helps nobody; and a refused pool must not unregister what it never registered."""
+    cudart = FakeCudart(limit=1000)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with pytest.raises(PinError, match=re.escape("does not pin 2e-06 GB of host memory (cudaError 2)")):
+        HostPool([2, 3], torch.float32, 2000, block_tokens=4, is_pinned=True)
+    HostPool([2, 2], torch.float32, 0, block_tokens=4, is_pinned=True)
+    assert cudart.registered == {}
 
 
 def test_to_host_is_a_copy() -> None:
