@@ -51,7 +51,7 @@ def test_a_request_comes_back_as_it_left(
 
         host.tree.evict(EvictParams(num_tokens=POOL_TOKENS))
     # the old slots and row belong to others now
-    stolen = host.allocator.alloc(host.allocator.available_size() - 256)
+    stolen = host.occupy(host.allocator.available_size() - 256)
     for buffer in host.buffers:
         buffer[stolen] = float("nan")
     host.rows.free_slots.reverse()
@@ -224,7 +224,7 @@ def fill(host: Machine, num_requests: int) -> Any:
     batch = host.run(*reqs)
     rest = host.allocator.available_size()
     if rest:
-        host.allocator.alloc(rest)
+        host.occupy(rest)
     for req in reqs:
         # a round has been committed: the next one needs slots
         req.output_ids.extend(range(K1))
@@ -242,6 +242,7 @@ def test_relief_takes_the_last_arrivals_and_stops_when_the_step_fits(
     oldest = batch.reqs[:4]
     assert not batch.check_decode_mem()
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.check_decode_mem()
     assert batch.reqs[: len(oldest)] == oldest
     assert 1 <= len(host.offloader) <= 2
@@ -273,6 +274,7 @@ def test_a_full_host_retracts_and_says_so(
     running, newcomer = list(batch.reqs), SimpleNamespace(retraction_count=0)
     host.scheduler.waiting_queue = [newcomer]
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.check_decode_mem()
     assert host.queued.pop() is newcomer, "retracted requests come before those that have never run"
     assert host.queued == running[-len(host.queued) :]
@@ -302,6 +304,7 @@ def test_the_senior_stays_though_nobody_else_can_move(
     for req in fresh:
         req.output_ids, req.kv_committed_len = array("q"), 30
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.check_decode_mem()
     assert batch.reqs == [senior, *fresh[: len(batch.reqs) - 1]]
     assert len(host.offloader) == 0
@@ -317,11 +320,12 @@ def test_the_senior_does_not_leave_early_either(machine: Callable[..., Machine])
     senior, fresh = host.request(prompt(30), 10), host.request(prompt(30, seed=1), 1)
     batch = host.run(senior, fresh)
     fresh.output_ids, fresh.kv_committed_len = array("q"), 30
-    host.allocator.alloc(host.allocator.available_size())
+    host.occupy(host.allocator.available_size())
     needed = batch.new_tokens_required_next_decode()
     assert host.offloader._policy.should_leave(room=0, needed=needed, num_running=2)
     assert batch.check_decode_mem()
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.reqs == [senior, fresh]
     assert len(host.offloader) == 0
 
@@ -341,11 +345,12 @@ def test_the_last_running_request_gets_what_copies_hold(
         host.leave(batch, other)
         host.iterate(batch)
     assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
-    host.allocator.alloc(host.allocator.available_size())
+    host.occupy(host.allocator.available_size())
     running.output_ids.extend(range(K1))
     running.kv_committed_len += K1
     assert not batch.check_decode_mem()
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.reqs == [running]
     assert batch.check_decode_mem()
     assert [e.place for e in host.offloader._moves.ledger.entries()] == [Place.ON_HOST]
@@ -396,10 +401,10 @@ def test_the_senior_returns_first_and_leaves_room(machine: Callable[..., Machine
     assert host.iterate(batch).reqs == reqs
     host.leave(batch, *reqs[:0:-1])
     # room for one: 39 tokens of KV, the next steps, the slack
-    taken = host.allocator.alloc(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 26)
+    taken = host.occupy(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 26)
     batch = host.iterate(batch)
     assert batch.reqs == reqs[:2]
-    host.allocator.free(taken)
+    host.vacate(taken)
     assert host.iterate(batch).reqs == reqs
 
 

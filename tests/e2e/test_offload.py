@@ -10,7 +10,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from tests.support.workload import Exchange, Payload, Response
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = (
@@ -37,6 +37,7 @@ OPTIONS = (
 )
 CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SERVERS = {
+    # CI runs the first of each kind
     "overlap-page1-radix": "--page-size 1",
     "sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 --disable-radix-cache "
     "--schedule-conservativeness 0.01",
@@ -46,7 +47,13 @@ SERVERS = {
 }
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+def first_of(servers: dict[str, str]) -> list[Any]:
+    """The first always; the others with --long."""
+    names = iter(servers)
+    return [next(names), *(pytest.param(name, marks=pytest.mark.long) for name in names)]
+
+
+@pytest.fixture(scope="module", params=first_of(SERVERS))
 def server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:
@@ -63,7 +70,7 @@ FAULTY_SERVERS = {
 }
 
 
-@pytest.fixture(scope="module", params=FAULTY_SERVERS)
+@pytest.fixture(scope="module", params=first_of(FAULTY_SERVERS))
 def faulty_server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:

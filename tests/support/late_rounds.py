@@ -54,6 +54,7 @@ class Rounds:
         self.device_lens: dict[str, int] = {}
         self.in_flight: list[Row] = []
         self.num_moves = 0
+        self.retracted: list[Any] = []
 
     def write(self, slots: torch.Tensor, values: torch.Tensor) -> None:
         for buffer in self.host.buffers:
@@ -108,6 +109,10 @@ class Rounds:
         before = len(host.offloader)
         if not batch.is_empty():
             host.offloader.relieve(host.scheduler, batch)
+            host.check()
+        # nobody prefills them again here
+        self.retracted += host.queued
+        host.scheduler.waiting_queue = []
         self.num_moves += len(host.offloader) - before
         launched = self.launch(batch)
         self.process(self.in_flight)

@@ -111,6 +111,8 @@ class Machine:
             ranks=ranks,
         )
         self._arrivals = itertools.count(1)
+        self._requests: list[Any] = []
+        self._occupied = 0
 
     @property
     def queued(self) -> list[Any]:
@@ -149,7 +151,19 @@ class Machine:
         self.tree.cache_unfinished_req(req)
         req.output_ids.extend(range(100, 100 + num_outputs))
         req.kv_committed_len = committed
+        self._requests.append(req)
         return req
+
+    def occupy(self, num_tokens: int) -> torch.Tensor:
+        """Slots that belong to nobody here, until `vacate`."""
+        slots = self.allocator.alloc(num_tokens)
+        assert slots is not None
+        self._occupied += num_tokens
+        return slots
+
+    def vacate(self, slots: torch.Tensor) -> None:
+        self.allocator.free(slots)
+        self._occupied -= len(slots)
 
     def run(self, *reqs: Any) -> Any:
         """A running batch."""
@@ -170,10 +184,29 @@ class Machine:
         batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if not self.offloader.holds(r)])
 
     def iterate(self, batch: Any) -> Any:
-        self.offloader.check_integrity()
+        self.check()
         batch = self.offloader.before_batch(self.scheduler, batch, None)
-        self.offloader.check_integrity()
+        self.check()
         return batch
+
+    def check(self) -> None:
+        """Every slot of the pool has one owner, and every host block: what SGLang checks in a server."""
+        self.offloader.check_integrity()
+        page = self.args.page_size
+        held = sum(
+            -(-req.kv.kv_allocated_len // page) * page - req.cache_protected_len
+            for req in self._requests
+            if req.kv is not None and not self.offloader.holds(req)
+        )
+        parts = {
+            "free": self.allocator.available_size(),
+            "cached": self.tree.evictable_size(),
+            "cached and in use": self.tree.protected_size(),
+            "held by requests": held,
+            "under a copy": self.offloader.device_tokens(),
+            "occupied": self._occupied,
+        }
+        assert sum(parts.values()) == POOL_TOKENS, parts
 
     def used_slots(self) -> int:
         return POOL_TOKENS - self.allocator.available_size() - self.tree.evictable_size()
