@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from sglang_sparsespec.adapter.moves import Moves
 from sglang_sparsespec.adapter.rejoin import join_running
 from sglang_sparsespec.adapter.round_clock import FULL_SHARE
 from sglang_sparsespec.kv.ledger import Entry, Place
-from sglang_sparsespec.kv.policy import MovePolicy, leaving_order, may_enter, precedes
+from sglang_sparsespec.kv.policy import MovePolicy, Stay, leaving_order, may_enter, precedes
 from sglang_sparsespec.kv.queues import device_queues
 
 if TYPE_CHECKING:
@@ -90,6 +91,10 @@ class Offloader:
         self._policy = MovePolicy(tokens_per_round=tokens_per_round, pool_tokens=self._allocator.size)
         self._state = state
         self._metrics = metrics
+        self._round = 0
+        """Decode steps so far; equal on all ranks, as clocks are not."""
+        self._stays: weakref.WeakKeyDictionary[Req, Stay] = weakref.WeakKeyDictionary()
+        """Of all requests that have ever left, as long as SGLang knows them."""
 
     # What the scheduler asks
 
@@ -121,6 +126,7 @@ class Offloader:
         What finds no room on the host is retracted, and logged; so is what may not move, once nothing else is left
         but the senior of the batch, which always stays.
         """
+        self._round += 1
         self._relieve(scheduler, batch)
         last = scheduler.last_batch
         self._metrics.clock.tick(
@@ -136,7 +142,11 @@ class Offloader:
         needed = batch.new_tokens_required_next_decode()
         if needed <= room and not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
             return
-        order = leaving_order([self._moves.seniority(r) for r in batch.reqs], [_is_movable(r) for r in batch.reqs])
+        order = leaving_order(
+            [self._moves.seniority(req) for req in batch.reqs],
+            [_is_movable(req) for req in batch.reqs],
+            [self._is_settling(req) for req in batch.reqs],
+        )
         retracted, num_fixed = [], 0
         while not batch.check_decode_mem(selected_indices=keep):
             if self._moves.give_up_slots(batch.tree_cache, Place.LEAVING):
@@ -145,6 +155,8 @@ class Offloader:
                 index = order.movable.pop(0)
             elif self._moves.give_up_slots(batch.tree_cache, Place.RETURNING):
                 continue
+            elif order.settling:
+                index = order.settling.pop(0)
             elif order.fixed:
                 index = order.fixed.pop(0)
                 num_fixed += 1
@@ -215,16 +227,28 @@ class Offloader:
             if not self._policy.should_leave(room=room, needed=needed, num_running=len(keep)):
                 return
             index = movable.pop(0)
-            if not self._moves.depart(batch.reqs[index]):
+            if not self._depart(batch.reqs[index]):
                 return
             keep.remove(index)
+
+    def _depart(self, req: Req) -> bool:
+        if not self._moves.depart(req):
+            return False
+        stay = self._stays.setdefault(req, Stay())
+        stay.num_moves += 1
+        self._metrics.moved(stay.num_moves, was_settling=stay.is_settling(self._round))
+        return True
+
+    def _is_settling(self, req: Req) -> bool:
+        stay = self._stays.get(req)
+        return stay is not None and stay.is_settling(self._round)
 
     def take(self, batch: ScheduleBatch, req: Req) -> bool:
         """Offload a request and free its slots before returning; False where it cannot move, and nothing is done.
 
         A refusal is counted, for SGLang retracts the request then; not where the request is about to end anyway.
         """
-        if not _is_movable(req) or not self._moves.depart(req):
+        if not _is_movable(req) or not self._depart(req):
             if not _is_ending(req):
                 self._metrics.refused()
             return False
@@ -254,6 +278,7 @@ class Offloader:
             self._metrics.copied(entry.transfer, "in")
             self._ledger.remove(entry)
             entry.request.is_retracted = False
+            self._stays.setdefault(entry.request, Stay()).returned_in = self._round
         return join_running(scheduler, running, [entry.request for entry in returned], self._load_states(returned))
 
     def _done(self, place: Place) -> list[Entry[Req]]:
@@ -277,6 +302,7 @@ class Offloader:
         return load
 
     def _start_returns(self, scheduler: Scheduler, live: list[Req]) -> None:
+        settling = sum(self._is_settling(req) for req in live)
         reserve = get_alloc_reserve_per_decode(self._server_args) + self._allocator.page_size
         for entry in self._ledger.entries(Place.ON_HOST):
             returning = self._ledger.entries(Place.RETURNING)
@@ -288,7 +314,10 @@ class Offloader:
             own = entry.num_tokens + (reserve if num_running else 0)
             needed = self._moves.aligned(own) + next_step + len(returning) * reserve
             room = self._room(scheduler.tree_cache)
-            if not self._policy.may_return(room=room, needed=needed, num_running=num_running):
+            num_settling = settling + len(returning)
+            if not self._policy.may_return(
+                room=room, needed=needed, num_running=num_running, num_settling=num_settling
+            ):
                 return
             if not self._moves.start_return(scheduler.tree_cache, entry):
                 return

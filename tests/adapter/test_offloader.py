@@ -400,12 +400,39 @@ def test_the_senior_returns_first_and_leaves_room(machine: Callable[..., Machine
     host.leave(batch, *reqs[1:])
     assert host.iterate(batch).reqs == reqs
     host.leave(batch, *reqs[:0:-1])
-    # room for one: 39 tokens of KV, the next steps, the slack
-    taken = host.occupy(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 26)
+    # room for one: 39 tokens of KV, the next steps, a tenth of the pool so that it can stay
+    taken = host.occupy(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 51)
     batch = host.iterate(batch)
     assert batch.reqs == reqs[:2]
     host.vacate(taken)
     assert host.iterate(batch).reqs == reqs
+
+
+def test_who_has_just_returned_stays_a_while(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two copies and a lost round for every other round of a request; counted where nobody else is left."""
+    host = machine(is_radix=False)
+    offload_on_release(monkeypatch, host)
+    reqs = [host.request(prompt(30, seed=i), 10) for i in range(3)]
+    batch = host.run(*reqs)
+    host.leave(batch, reqs[2])
+    batch = host.iterate(batch)
+    assert batch.reqs == reqs
+    host.reserve(batch)
+
+    def step() -> list[Any]:
+        for req in batch.reqs:
+            req.output_ids.extend(range(K1))
+            req.kv_committed_len += K1
+        host.offloader.relieve(host.scheduler, batch)
+        host.reserve(batch)
+        return [entry.request for entry in host.offloader._moves.ledger.entries()]
+
+    host.occupy(host.allocator.available_size())
+    assert step() == [reqs[1]], "not the last, which has just come"
+    assert (host.metrics.most_moves, host.metrics.counts["offload_short_stays"]) == (1, 0)
+    host.occupy(host.allocator.available_size())
+    assert step() == [reqs[1], reqs[2]], "the oldest stays in any case"
+    assert (host.metrics.most_moves, host.metrics.counts["offload_short_stays"]) == (2, 1)
 
 
 def test_a_retracted_senior_comes_before_juniors_in_host_memory(machine: Callable[..., Machine]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 
+from sglang_sparsespec.kv.policy import MovePolicy
 from tests.e2e.conftest import TINY_ENV
 from tests.support import pressure
 from tests.support.parity import Verdict, compare_greedy
@@ -115,6 +116,10 @@ def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_recor
     offloads = metric(live, "offloads_total")
     assert offloads > 10
     assert metric(live, "offload_refusals_total") == 0
+    # the doomed have 180 tokens; in a pool of 1,024 nobody else may be left before a minimum stay is over
+    bound = MovePolicy(tokens_per_round=4, pool_tokens=pressure.POOL_TOKENS).max_moves(180)
+    assert 1 <= metric(live, "offload_most_moves") <= bound
+    assert f"most moves of a request {metric(live, 'offload_most_moves'):.0f}" in live.log_text()
     assert metric(live, "offload_lost_rounds_total") == (offloads if "overlap" in name else 0)
     assert metric(live, "copied_out_bytes_total") >= metric(live, "copied_in_bytes_total") > 0
     assert metric(live, "copy_in_bytes_per_second") > 0

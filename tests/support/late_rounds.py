@@ -70,15 +70,9 @@ class Rounds:
 
     def launch(self, batch: Any) -> list[Row]:
         rows = []
+        self.host.reserve(batch)
         for req in batch.reqs:
             start = self.device_lens.setdefault(req.rid, req.kv_committed_len)
-            missing = req.kv_committed_len + 2 * K1 - req.kv.kv_allocated_len
-            if missing > 0:
-                slots = self.host.allocator.alloc(missing)
-                assert slots is not None, "relief has made room"
-                end = req.kv.kv_allocated_len + missing
-                self.host.rows.write((req.req_pool_idx, slice(req.kv.kv_allocated_len, end)), slots)
-                req.kv.kv_allocated_len = end
             slots = self.host.rows.req_to_token[req.req_pool_idx, start : start + K1].long()
             accepted = self.rng.randint(1, K1)
             values = exact(req, start, start + K1)

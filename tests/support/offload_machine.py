@@ -165,6 +165,17 @@ class Machine:
         self.allocator.free(slots)
         self._occupied -= len(slots)
 
+    def reserve(self, batch: Any) -> None:
+        """Slots for the next round, as SGLang allocates them once relief has made room."""
+        for req in batch.reqs:
+            start, end = req.kv.kv_allocated_len, req.kv_committed_len + 2 * K1
+            if end > start:
+                slots = self.allocator.alloc(end - start)
+                assert slots is not None, "relief has made room"
+                self.rows.write((req.req_pool_idx, slice(start, end)), slots)
+                req.kv.kv_allocated_len = end
+        self.check()
+
     def run(self, *reqs: Any) -> Any:
         """A running batch."""
         from sglang.srt.managers.schedule_batch import ScheduleBatch
