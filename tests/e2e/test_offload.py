@@ -45,6 +45,7 @@ SERVERS = {
     # rounds of our own verify, padded as where graphs are captured
     "overlap-page16-fused": "--page-size 16 --chunked-prefill-size 64 --sparsespec-verify-attention fused "
     "--cuda-graph-bs-decode 5 12 24",
+    "overlap-page1-unified": "--page-size 1 --chunked-prefill-size 64 --sparsespec-schedule unified",
 }
 
 
@@ -68,6 +69,7 @@ FAULTY_SERVERS = {
     "overlap-page16-radix-chunked": "--page-size 16 --chunked-prefill-size 64",
     "sync-page1-priority": "--disable-overlap-schedule --disable-radix-cache --enable-priority-scheduling "
     "--priority-scheduling-preemption-threshold 1",
+    "overlap-page16-unified": "--page-size 16 --disable-radix-cache --sparsespec-schedule unified",
 }
 
 

@@ -77,7 +77,12 @@ class Rounds:
             accepted = self.rng.randint(1, K1)
             values = exact(req, start, start + K1)
             values[accepted:] = GARBAGE
-            self.queue.run(lambda slots=slots: self.write(slots, torch.full((K1,), GARBAGE)))  # type: ignore[misc]
+            # drafts of this round; by the unified schedule also those behind its verify
+            reach = self.host.reserved_tokens - K1
+            drafts = self.host.rows.req_to_token[req.req_pool_idx, start : start + reach].long()
+            self.queue.run(
+                lambda slots=drafts: self.write(slots, torch.full((len(slots),), GARBAGE))  # type: ignore[misc]
+            )
             self.queue.run(lambda slots=slots, values=values: self.write(slots, values))  # type: ignore[misc]
             self.device_lens[req.rid] = start + accepted
             rows.append(Row(req, accepted, self.queue.mark()))

@@ -23,6 +23,7 @@ class Machine:
     ) -> None:
         from sglang.srt.disaggregation.utils import DisaggregationMode
         from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+        from sglang.srt.mem_cache import allocation_sizing
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -36,6 +37,7 @@ class Machine:
         from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 
         self.args, page_size = args, args.page_size
+        self.reserved_tokens: int = allocation_sizing.get_alloc_reserve_per_decode(args)
         self.rows = ReqToTokenPool(NUM_ROWS, 256, "cpu", False)
         self.kv = MHATokenToKVPool(POOL_TOKENS, page_size, torch.float32, 2, 4, LAYERS, "cpu", False)
         for buffer in self.buffers:
@@ -140,7 +142,7 @@ class Machine:
         committed = len(prompt) + num_outputs - 1
         page = self.args.page_size
         start = len(req.prefix_indices)
-        allocated = -(-(committed + 2 * K1) // page) * page
+        allocated = -(-(committed + self.reserved_tokens) // page) * page
         slots = self.allocator.alloc(allocated - start)
         assert slots is not None
         self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
@@ -168,7 +170,7 @@ class Machine:
     def reserve(self, batch: Any) -> None:
         """Slots for the next round, as SGLang allocates them once relief has made room."""
         for req in batch.reqs:
-            start, end = req.kv.kv_allocated_len, req.kv_committed_len + 2 * K1
+            start, end = req.kv.kv_allocated_len, req.kv_committed_len + self.reserved_tokens
             if end > start:
                 slots = self.allocator.alloc(end - start)
                 assert slots is not None, "relief has made room"
