@@ -4,9 +4,10 @@ A request that leaves loses the round that is in flight under the overlap schedu
 result of a request that is marked retracted, and the request goes on later from the last token that the host has seen.
 Its committed KV, [0, kv_committed_len), is written by no forward any more, so it is copied while the device computes.
 
-Shared radix prefixes: a leaving request copies all its committed KV and unlocks its prefix, which stays in the cache as
-long as there is room. When it returns, it matches the cache again and shares what is still there; only the rest is
-copied back. Pinning instead would let requests that wait fill the pool.
+Shared radix prefixes: a leaving request unlocks its prefix, which stays in the cache as long as there is room, and
+copies its committed KV, but for full blocks of the prefix that another has brought to the host. When it returns, it
+matches the cache again and shares what is still there; only the rest is copied back. Pinning the prefix in the pool
+instead would let requests that wait fill it.
 
 Tensor parallelism: each rank moves its own heads of the same requests at the same time. What is asked for here follows
 from state that is equal on all ranks, and from whether copies are done, which `_done` and `Moves.depart` agree on.
@@ -176,9 +177,7 @@ class Offloader:
         if retracted:
             self._requeue(scheduler, batch, retracted, num_fixed)
 
-    def _requeue(
-        self, scheduler: Scheduler, batch: ScheduleBatch, retracted: list[Req], num_fixed: int
-    ) -> None:
+    def _requeue(self, scheduler: Scheduler, batch: ScheduleBatch, retracted: list[Req], num_fixed: int) -> None:
         level = logging.WARNING if self._ranks.leads else logging.DEBUG
         if num_fixed:
             logger.log(

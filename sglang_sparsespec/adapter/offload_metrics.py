@@ -30,6 +30,7 @@ GAUGES = {
 COUNTERS = {
     "offloads": "Requests that left for host memory.",
     "copied_out_bytes": "KV copied to host memory.",
+    "shared_out_bytes": "KV that did not have to be copied out: another request with the same prefix had brought it.",
     "copied_in_bytes": "KV copied from host memory.",
     "copy_out_seconds": "Time that copies of KV to host memory took.",
     "copy_in_seconds": "Time that copies of KV from host memory took.",
@@ -70,6 +71,10 @@ class OffloadMetrics:
         """A request leaves the device."""
         self.counts["offloads"] += 1
         self.counts["offload_lost_rounds"] += lost_round
+
+    def shared(self, num_bytes: int) -> None:
+        """A request leaves with so much of its KV in host memory already."""
+        self.counts["shared_out_bytes"] += num_bytes
 
     def moved(self, num_moves: int, *, was_settling: bool) -> None:
         """A request has left for the `num_moves`-th time; or again, before its minimum stay was over."""

@@ -4,8 +4,9 @@ Seniority rules both ways. Of the running requests the last that arrived leaves 
 that arrived returns first, and nobody new is admitted before it. So the oldest request never moves, nobody is overtaken
 for ever, and the system makes progress whatever the load is. Under priority scheduling priority comes before arrival.
 
-How often a request moves is bounded by a minimum stay: who has returned is settling for `MIN_STAY_ROUNDS` rounds, in which
-others leave before it, and returns are spaced so that those who settle find room for that long. See `MovePolicy.max_moves`.
+How often a request moves is bounded by a minimum stay: who has returned is settling for `MIN_STAY_ROUNDS` rounds, in
+which others leave before it, and returns are spaced so that those who settle find room for that long. See
+`MovePolicy.max_moves`.
 """
 
 from __future__ import annotations
