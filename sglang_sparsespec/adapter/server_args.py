@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import sglang.srt.server_args as host
 import torch
-from sglang.srt.arg_groups.arg_utils import Arg
+from sglang.srt.arg_groups.arg_utils import NS, Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
@@ -28,9 +28,7 @@ DEFAULT_NUM_STEPS = 8
 DEFAULT_MAX_RUNNING_REQUESTS = 128
 # of SGLang's --schedule-conservativeness, where a wrong guess costs a copy and not a prefill; not measured yet
 OFFLOAD_CONSERVATIVENESS = 0.1
-_STOCK_CONSERVATIVENESS = next(
-    f.default for f in dataclasses.fields(ServerArgs) if f.name == "schedule_conservativeness"
-)
+_STOCK_CONSERVATIVENESS: float = ServerArgs.schedule_conservativeness
 _DEFAULTS = SparseSpecConfig()
 
 
@@ -42,6 +40,16 @@ def _help(text: str, default: object) -> str:
 class SparseSpecServerArgs(ServerArgs):
     """ServerArgs with SPARSESPEC's options."""
 
+    # SGLang's own, so that its default can be told from the same number given by the user
+    schedule_conservativeness: Annotated[
+        float | None,
+        Arg(
+            help="How conservative the schedule policy is. Use a larger value if you see requests being retracted "
+            f"frequently. Default: {_STOCK_CONSERVATIVENESS}; {OFFLOAD_CONSERVATIVENESS} where SPARSESPEC has host "
+            "memory for KV."
+        ),
+        NS("schedule"),
+    ] = None
     sparsespec_budget_ratio: Annotated[
         float, _help("share of a request's KV tokens that a draft step reads, in (0, 1].", _DEFAULTS.budget_ratio)
     ] = _DEFAULTS.budget_ratio
@@ -235,6 +243,9 @@ class SparseSpecServerArgs(ServerArgs):
     ] = ()
 
     def __post_init__(self) -> None:
+        self._is_conservativeness_given = self.schedule_conservativeness is not None
+        if not self._is_conservativeness_given:
+            self.schedule_conservativeness = _STOCK_CONSERVATIVENESS
         if (self.speculative_algorithm or "").upper() == ALGORITHM:
             check_requested(self)
             self._choose_backend()
@@ -320,7 +331,7 @@ def resolve(server_args: ServerArgs) -> None:
         server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
     if config.verify_attention == "fused":
         server_args.sparsespec_batch_sizes = _batch_sizes(server_args)
-    if config.host_memory_gb > 0 and server_args.schedule_conservativeness == _STOCK_CONSERVATIVENESS:
+    if config.host_memory_gb > 0 and not server_args._is_conservativeness_given:
         server_args.schedule_conservativeness = OFFLOAD_CONSERVATIVENESS
     _turn_graphs_off(server_args)
 

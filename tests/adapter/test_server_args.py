@@ -173,6 +173,11 @@ def test_offloading_admits_more_unless_told_otherwise(server_args: Callable[...,
     assert server_args(sparsespec_host_memory_gb=0.1).schedule_conservativeness == 0.1
     args = server_args(sparsespec_host_memory_gb=0.1, schedule_conservativeness=0.7)
     assert args.schedule_conservativeness == 0.7
+    # SGLang's own default, given on purpose
+    args = server_args(sparsespec_host_memory_gb=0.1, schedule_conservativeness=1.0)
+    assert args.schedule_conservativeness == 1.0
+    # a server without the algorithm is SGLang's own
+    assert server_args(speculative_algorithm=None).schedule_conservativeness == 1.0
 
 
 def test_host_memory_beyond_the_machine_is_refused(server_args: Callable[..., Any]) -> None:
