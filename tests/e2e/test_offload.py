@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ def server(
 
 
 FAULTY_SERVERS = {
-    "overlap-page16-radix-chunked": "--page-size 16 --chunked-prefill-size 64",
+    "overlap-page16-radix-chunked": "--page-size 16 --chunked-prefill-size 64 --schedule-conservativeness 0.01",
     "sync-page1-priority": "--disable-overlap-schedule --disable-radix-cache --enable-priority-scheduling "
     "--priority-scheduling-preemption-threshold 1",
     "overlap-page16-unified": "--page-size 16 --disable-radix-cache --sparsespec-schedule unified",
@@ -77,9 +77,9 @@ FAULTY_SERVERS = {
 def faulty_server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:
-    """Seven of ten allocations of host memory are refused; a copy takes four looks at it."""
+    """Nine of ten allocations of host memory are refused; a copy takes four looks at it."""
     options = [*OPTIONS.split(), *FAULTY_SERVERS[request.param].split()]
-    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.7,polls=4"}
+    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.9,polls=4"}
     command = [sys.executable, "-m", "tests.support.faulty_offload"]
     with Server(tiny_model, *options, env=env, command=command, cwd=REPOSITORY) as server:
         yield request.param, server
@@ -111,7 +111,6 @@ def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_recor
     doomed = pressure.Doomed(live, waves=2)
     outputs = pressure.send(live, [exchange.payload for exchange in pressure_record], pressure.MAX_RUNNING)
     doomed.join()
-    assert pressure.assert_aborted_alike(live, doomed.responses) > 0
     assert_answers(pressure_record, outputs)
     assert sum(output["meta_info"]["num_retractions"] for output in outputs) == 0
     assert_nothing_is_left(live)
@@ -129,6 +128,33 @@ def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_recor
     assert "Retract requests" not in live.log_text()
 
 
+def wait_for_offload(live: Server, future: Future[Any]) -> None:
+    """Until somebody waits in host memory."""
+    deadline = time.monotonic() + 60
+    while not re.search(r"SPARSESPEC: [1-9]\d* requests in host", live.log_tail(6)) and not future.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not future.done(), "nobody left for host memory"
+
+
+def test_abort_while_requests_wait(server: tuple[str, Server], pressure_record: list[Exchange]) -> None:
+    """An answer that says less than that of a running request: counts that are missing, a stream without its end."""
+    _, live = server
+    payloads = [{**exchange.payload, "rid": f"gone-{i}"} for i, exchange in enumerate(not_penalised(pressure_record))]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pressure.send, live, payloads[:40], 40)
+        wait_for_offload(live, future)
+        # nobody returns before the abort arrives
+        assert live.post("/pause_generation", {"mode": "in_place"}).status_code == 200
+        try:
+            assert live.post("/abort_request", {"abort_all": True}).status_code == 200
+        finally:
+            assert live.post("/continue_generation", {}).status_code == 200
+        outputs = future.result()
+    assert pressure.assert_aborted_alike(live, payloads[:40], outputs) > 0
+    assert_nothing_is_left(live)
+
+
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_pause_while_requests_wait(server: tuple[str, Server], pressure_record: list[Exchange], mode: str) -> None:
     """Offloaded requests that a pause forgets, or that come back with KV of weights that a pause was to replace."""
@@ -136,11 +162,7 @@ def test_pause_while_requests_wait(server: tuple[str, Server], pressure_record: 
     exchanges = not_penalised(pressure_record)[:40]
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(pressure.send, live, [exchange.payload for exchange in exchanges], 40)
-        deadline = time.monotonic() + 60
-        while not re.search(r"SPARSESPEC: [1-9]\d* requests in host", live.log_tail(6)) and not future.done():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert not future.done(), "nobody left for host memory"
+        wait_for_offload(live, future)
         assert live.post("/pause_generation", {"mode": mode}).status_code == 200
         try:
             if mode == "in_place":
@@ -183,6 +205,5 @@ def test_aborts_while_host_memory_fails(faulty_server: tuple[str, Server], press
     doomed = pressure.Doomed(live, waves=3)
     outputs = pressure.send(live, payloads_for(name, exchanges), concurrency=16)
     doomed.join()
-    pressure.assert_aborted_alike(live, doomed.responses)
     assert_greedy_parity(exchanges, outputs)
     assert_nothing_is_left(live)
