@@ -107,7 +107,7 @@ class Moves:
                 server_args.sparsespec_host_memory_gb,
                 f"at least {ranks.size * BLOCK_TOKENS * self.host.bytes_per_token / 1e9:.3g} ({BLOCK_TOKENS} tokens, "
                 f"on each of {ranks.size} ranks)",
-                "Raise it, or leave it out to have requests retracted.",
+                "Raise it, or give 0 to have requests retracted.",
             )
         logger.info(
             "SPARSESPEC: host memory for KV %.2f GB, %d tokens",

@@ -18,7 +18,12 @@ from sglang.srt.arg_groups.arg_utils import NS, Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
-from sglang_sparsespec.adapter.host_memory import host_memory, parse_host_memory_gb, resolve_host_memory_gb
+from sglang_sparsespec.adapter.host_memory import (
+    default_host_memory_gb,
+    host_memory,
+    parse_host_memory_gb,
+    resolve_host_memory_gb,
+)
 from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, can_fuse, check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
@@ -225,11 +230,12 @@ class SparseSpecServerArgs(ServerArgs):
         int, _help("every so many rounds the verify is dense all the same; 0: never.", _DEFAULTS.dense_verify_every)
     ] = _DEFAULTS.dense_verify_every
     sparsespec_host_memory_gb: Annotated[
-        float | str,
+        float | str | None,
         Arg(
             help=_help(
                 "host memory for the KV of requests that wait while the pool is full, 10^9 bytes, a total for the "
-                "server, or auto: half of what is free, two pools at most; 0 leaves SGLang to retract them.",
+                "server, or auto: half of what is free, two pools at most; 0 leaves SGLang to retract them. Left out, "
+                "it is auto on a GPU and 0 on a CPU.",
                 _DEFAULTS.host_memory_gb,
             ),
             type_parser=parse_host_memory_gb,
@@ -318,6 +324,9 @@ def resolve(server_args: ServerArgs) -> None:
         )
     num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
+    if options["host_memory_gb"] is None:
+        default = default_host_memory_gb(str(server_args.device), is_verify_sparse=bool(options["verify_sparsity"]))
+        options["host_memory_gb"] = server_args.sparsespec_host_memory_gb = default
     options["host_memory_gb"] = resolve_host_memory_gb(options["host_memory_gb"], host_memory())
     config = SparseSpecConfig(num_steps=num_steps, **options)
     config = choose_verify_attention(config, str(server_args.device))
@@ -331,7 +340,7 @@ def resolve(server_args: ServerArgs) -> None:
         server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
     if config.verify_attention == "fused":
         server_args.sparsespec_batch_sizes = _batch_sizes(server_args)
-    if config.host_memory_gb > 0 and not server_args._is_conservativeness_given:
+    if config.host_memory_bytes > 0 and not server_args._is_conservativeness_given:
         server_args.schedule_conservativeness = OFFLOAD_CONSERVATIVENESS
     _turn_graphs_off(server_args)
 

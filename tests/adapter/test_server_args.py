@@ -57,8 +57,8 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 def on_cpu(**options: Any) -> SparseSpecConfig:
-    """As a CPU server resolves them: `auto` is not kept."""
-    return SparseSpecConfig(**{"verify_attention": "backend", **options})
+    """As a CPU server resolves them: `auto` and None are not kept."""
+    return SparseSpecConfig(**{"verify_attention": "backend", "host_memory_gb": 0.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_pa
     for left_out in (("adaptive", "profile", "host_memory_gb"), LOSSY_VALUES):
         values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}
         args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
-        assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **values)
+        assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **{"host_memory_gb": 0.0, **values})
     assert args.speculative_num_draft_tokens == 4
 
 
