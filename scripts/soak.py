@@ -40,6 +40,12 @@ SERVER = (
     "--speculative-algorithm SPARSESPEC --sparsespec-host-memory-gb 0.2 --enable-metrics --max-running-requests 24 "
     "--max-total-tokens 1024 --sparsespec-min-budget 32 --decode-log-interval 40 --skip-server-warmup"
 )
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    # SGLang's own checks of its pool, after every iteration and slot by slot: a leak ends the server
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+}
 
 
 class Traffic:
@@ -167,7 +173,7 @@ def main() -> int:
             from sglang_sparsespec.model_tools.tiny import write_tiny_model
 
             args.model = write_tiny_model(Path(folder) / "tiny", context=1024)
-        with Server(args.model, *SERVER.split(), *args.server_arg, env={"OMP_NUM_THREADS": "1"}) as server:
+        with Server(args.model, *SERVER.split(), *args.server_arg, env=ENV) as server:
             traffic, samples = soak(server, args.minutes, args.rate, args.seed)
             try:
                 server.idle_check(timeout_s=120)

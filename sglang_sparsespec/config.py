@@ -101,9 +101,9 @@ class SparseSpecConfig:
     below beta_j. `quality calibrate` finds them."""
     dense_verify_every: int = 0
     """Every so many rounds of the server the verify is dense; 0: never."""
-    host_memory_gb: float = 0.0
+    host_memory_gb: float | None = None
     """Host memory for the KV of requests that wait while the pool is full, 10^9 bytes, for the whole server. 0: none;
-    SGLang retracts them instead."""
+    SGLang retracts them instead. None: by device, which is decided at start (`auto` on a GPU, 0 on a CPU)."""
 
     def __post_init__(self) -> None:
         _check_range("speculative-num-steps", self.num_steps, 1, 64, prefix="--")
@@ -143,7 +143,8 @@ class SparseSpecConfig:
             )
         self._check_draft_layers()
         self._check_sparsity()
-        if not _is_number(self.host_memory_gb) or not 0 <= self.host_memory_gb < float("inf"):
+        is_amount = _is_number(self.host_memory_gb) and 0 <= (self.host_memory_gb or 0) < float("inf")
+        if self.host_memory_gb is not None and not is_amount:
             raise ConfigError(
                 f"{OPTION_PREFIX}host-memory-gb",
                 self.host_memory_gb,
@@ -267,6 +268,11 @@ class SparseSpecConfig:
     def has_unified(self) -> bool:
         """Whether rounds may run by the unified schedule."""
         return self.schedule != "lockstep"
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """Host memory for KV, of the whole server; 0 as long as nothing is decided."""
+        return int((self.host_memory_gb or 0) * 1e9)
 
     def is_sparse_round(self, round_ct: int) -> bool:
         """Whether the verify of the server's `round_ct`-th round, from 1 on, may leave something out."""

@@ -40,5 +40,17 @@ class RankError(SparseSpecError, RuntimeError):
         )
 
 
+class PinError(SparseSpecError, RuntimeError):
+    """CUDA does not pin host memory.
+
+    Args:
+        num_bytes: that were asked for.
+        code: of cudaHostRegister.
+    """
+
+    def __init__(self, num_bytes: int, code: int) -> None:
+        super().__init__(f"CUDA does not pin {num_bytes / 1e9:.3g} GB of host memory (cudaError {code}).")
+
+
 class AccountError(SparseSpecError, RuntimeError):
     """The accounts of offloaded KV do not balance: a bug in this package."""

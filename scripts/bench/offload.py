@@ -69,7 +69,7 @@ def contenders(args: argparse.Namespace) -> list[Contender]:
         "host-memory": Contender(
             "sparsespec, host memory", (*ours, "--sparsespec-host-memory-gb", args.host_memory_gb), simulated
         ),
-        "retract": Contender("sparsespec, retracts", (*ours, *bold), simulated),
+        "retract": Contender("sparsespec, retracts", (*ours, *bold, "--sparsespec-host-memory-gb", "0"), simulated),
         "stock": Contender("sglang", (), plain),
         "bold": Contender("sglang, bold", bold, plain),
         # reserves everything, always

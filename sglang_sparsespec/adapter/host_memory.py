@@ -56,6 +56,14 @@ def parse_host_memory_gb(text: str) -> float | str:
         return text
 
 
+def default_host_memory_gb(device: str, *, is_verify_sparse: bool) -> float | str:
+    """What the option is where it is left out.
+
+    On a CPU it would copy memory to the same memory, and with sparse verification it is not tested.
+    """
+    return AUTO if device == "cuda" and not is_verify_sparse else 0.0
+
+
 def resolve_host_memory_gb(value: float | str, memory: HostMemory) -> float:
     """The option as a number, 10^9 bytes for the whole server; the config checks it further.
 

@@ -18,9 +18,9 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_sparsespec.adapter.host_memory import AUTO, AUTO_POOLS
 from sglang_sparsespec.config import OPTION_PREFIX
-from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.errors import ConfigError, PinError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
-from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, to_host
+from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, block_keys, to_host
 from sglang_sparsespec.kv.policy import Seniority
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from sglang_sparsespec.selection.store import SavedSelection
 
 logger = logging.getLogger(__name__)
+
+OPTION = f"{OPTION_PREFIX}host-memory-gb"
 
 
 class RequestState(NamedTuple):
@@ -62,7 +64,7 @@ class Moves:
         ranks: that move the same requests.
 
     Raises:
-        ConfigError: if the memory does not hold one block.
+        ConfigError: if the memory does not hold one block, or cannot be pinned.
     """
 
     def __init__(
@@ -89,14 +91,23 @@ class Moves:
             num_bytes = min(num_bytes, AUTO_POOLS * self._allocator.size * sum(widths) * pool.store_dtype.itemsize)
         # once at start, on every rank; from then on equal pools are full at the same moment
         num_bytes = ranks.least("bytes of host memory", num_bytes)
-        self.host = HostPool(widths, pool.store_dtype, num_bytes, block_tokens=BLOCK_TOKENS, is_pinned=is_cuda)
+        try:
+            self.host = HostPool(widths, pool.store_dtype, num_bytes, block_tokens=BLOCK_TOKENS, is_pinned=is_cuda)
+        except PinError as error:
+            raise ConfigError(
+                OPTION,
+                server_args.sparsespec_host_memory_gb,
+                f"memory that can be pinned; on this rank, one of {ranks.size}, it cannot: {error}",
+                "Lower it, raise the limits on locked memory (`ulimit -l`) or of the container, or give 0 to have "
+                "requests retracted.",
+            ) from error
         if self.host.num_blocks == 0:
             raise ConfigError(
-                f"{OPTION_PREFIX}host-memory-gb",
+                OPTION,
                 server_args.sparsespec_host_memory_gb,
                 f"at least {ranks.size * BLOCK_TOKENS * self.host.bytes_per_token / 1e9:.3g} ({BLOCK_TOKENS} tokens, "
                 f"on each of {ranks.size} ranks)",
-                "Raise it, or leave it out to have requests retracted.",
+                "Raise it, or give 0 to have requests retracted.",
             )
         logger.info(
             "SPARSESPEC: host memory for KV %.2f GB, %d tokens",
@@ -116,13 +127,19 @@ class Moves:
         Every rank gets here with the same request: who leaves follows from the page table, the pool and the lists.
         """
         num_tokens = req.kv_committed_len
-        blocks = self.host.alloc(num_tokens)
-        if not self._ranks.all_hold("room on the host", {req.rid: blocks is not None})[req.rid] or blocks is None:
-            self.host.free(blocks or [])
+        keys = self._shareable(req)
+        shared = self.host.share(keys)
+        start = len(shared) * self.host.block_tokens
+        own = self.host.alloc(num_tokens - start)
+        if not self._ranks.all_hold("room on the host", {req.rid: own is not None})[req.rid] or own is None:
+            self.host.free(shared + (own or []))
             return False
+        blocks = shared + own
         # a copy: the row is rewritten when it has a new owner
-        slots = self._req_to_token_pool.req_to_token[req.req_pool_idx, :num_tokens].to(torch.int64, copy=True)
-        transfer = self.mover.copy_out(slots, blocks)
+        slots = self._req_to_token_pool.req_to_token[req.req_pool_idx, start:num_tokens].to(torch.int64, copy=True)
+        transfer = self.mover.copy_out(slots, blocks, start)
+        self.host.publish(keys, blocks[: len(keys)])
+        self._metrics.shared(start * self.host.bytes_per_token)
         # the round in flight refreshes the selection; the one it leaves behind fits the length we go on from. Among
         # the rounds, so that slots need not wait for it, and the row's next owner comes later by itself
         with self._queues.rounds.entered():
@@ -144,6 +161,11 @@ class Moves:
         )
         self._metrics.left(lost_round=not self._server_args.disable_overlap_schedule)
         return True
+
+    def _shareable(self, req: Req) -> list[bytes]:
+        """Keys of the full host blocks of the prefix that a request shares with the radix cache, hence with others."""
+        prefix = (req.origin_input_ids + req.output_ids)[: min(req.cache_protected_len, req.kv_committed_len)]
+        return block_keys(prefix, req.extra_key, self.host.block_tokens)
 
     def give_up_slots(self, tree_cache: Any, place: Place) -> bool:
         """Wait for the copy of the last that arrived at `place`, and free its slots; False if there is none.

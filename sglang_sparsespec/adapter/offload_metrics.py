@@ -23,18 +23,21 @@ GAUGES = {
     "offloaded_requests": "Requests that wait in host memory, or are on the way there or back.",
     "host_memory_bytes": "Host memory held by their KV.",
     "host_memory_limit_bytes": "Host memory that there is for KV on this rank.",
+    "offload_most_moves": "How often the request that has moved most since the start has left for host memory.",
     "copy_out_bytes_per_second": "Speed of the last copy of KV to host memory.",
     "copy_in_bytes_per_second": "Speed of the last copy of KV from host memory.",
 }
 COUNTERS = {
     "offloads": "Requests that left for host memory.",
     "copied_out_bytes": "KV copied to host memory.",
+    "shared_out_bytes": "KV that did not have to be copied out: another request with the same prefix had brought it.",
     "copied_in_bytes": "KV copied from host memory.",
     "copy_out_seconds": "Time that copies of KV to host memory took.",
     "copy_in_seconds": "Time that copies of KV from host memory took.",
     "offload_stalls": "Times that the scheduler waited for a copy to end.",
     "offload_lost_rounds": "Rounds whose result was dropped because the request left while it was in flight.",
-    "offload_refusals": "Requests retracted because host memory was full.",
+    "offload_short_stays": "Requests that left again before their minimum stay was over.",
+    "offload_refusals": "Requests retracted: host memory was full, or they could not move.",
     **ROUND_COUNTERS,
 }
 
@@ -54,6 +57,8 @@ class OffloadMetrics:
         self.counts: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self.clock = RoundClock(self.counts)
         self._speed: dict[str, float] = {"out": 0.0, "in": 0.0}
+        self.most_moves = 0
+        """Of one request."""
         self._host: HostPool | None = None
         self._ledger: OffloadLedger[Any] | None = None
 
@@ -66,6 +71,15 @@ class OffloadMetrics:
         """A request leaves the device."""
         self.counts["offloads"] += 1
         self.counts["offload_lost_rounds"] += lost_round
+
+    def shared(self, num_bytes: int) -> None:
+        """A request leaves with so much of its KV in host memory already."""
+        self.counts["shared_out_bytes"] += num_bytes
+
+    def moved(self, num_moves: int, *, was_settling: bool) -> None:
+        """A request has left for the `num_moves`-th time; or again, before its minimum stay was over."""
+        self.most_moves = max(self.most_moves, num_moves)
+        self.counts["offload_short_stays"] += was_settling
 
     def copied(self, transfer: Transfer, direction: Direction) -> None:
         """A copy is done."""
@@ -80,7 +94,7 @@ class OffloadMetrics:
         self.counts["offload_stalls"] += 1
 
     def refused(self) -> None:
-        """Host memory is full; a request is retracted."""
+        """A request is retracted: host memory is full, or it cannot move."""
         self.counts["offload_refusals"] += 1
 
     def report(self) -> None:
@@ -90,7 +104,7 @@ class OffloadMetrics:
             return
         logger.info(
             "SPARSESPEC: %d requests in host memory, %.2f of %.2f GB; since the start %d left, %.2f GB out, %.2f in, "
-            "last copies %.1f and %.1f GB/s, %d stalls, %d lost rounds, %d retracted",
+            "last copies %.1f and %.1f GB/s, %d stalls, %d lost rounds, %d retracted, most moves of a request %d",
             len(self._ledger),
             self._host.used_bytes / 1e9,
             self._host.num_bytes / 1e9,
@@ -102,6 +116,7 @@ class OffloadMetrics:
             self.counts["offload_stalls"],
             self.counts["offload_lost_rounds"],
             self.counts["offload_refusals"],
+            self.most_moves,
         )
 
     def _publish(self) -> None:
@@ -110,6 +125,7 @@ class OffloadMetrics:
         self._series["offloaded_requests"].set(len(self._ledger))
         self._series["host_memory_bytes"].set(self._host.used_bytes)
         self._series["host_memory_limit_bytes"].set(self._host.num_bytes)
+        self._series["offload_most_moves"].set(self.most_moves)
         for direction, speed in self._speed.items():
             self._series[f"copy_{direction}_bytes_per_second"].set(speed)
         for name, count in self.counts.items():

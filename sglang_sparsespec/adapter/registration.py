@@ -109,7 +109,7 @@ def register() -> None:
         check_host()
         patches.apply(patches.LEDGER, "sparsespec")
         config = getattr(server_args, "sparsespec_config", None)
-        if config is not None and config.host_memory_gb > 0:
+        if config is not None and config.host_memory_bytes > 0:
             patches.apply(patches.LEDGER, "offload")
         return SparseSpecWorker
 

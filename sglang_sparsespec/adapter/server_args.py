@@ -14,11 +14,16 @@ from typing import Annotated, Any
 
 import sglang.srt.server_args as host
 import torch
-from sglang.srt.arg_groups.arg_utils import Arg
+from sglang.srt.arg_groups.arg_utils import NS, Arg
 from sglang.srt.server_args import ServerArgs
 
 from sglang_sparsespec import config as cfg
-from sglang_sparsespec.adapter.host_memory import host_memory, parse_host_memory_gb, resolve_host_memory_gb
+from sglang_sparsespec.adapter.host_memory import (
+    default_host_memory_gb,
+    host_memory,
+    parse_host_memory_gb,
+    resolve_host_memory_gb,
+)
 from sglang_sparsespec.adapter.support import CUDA_ATTENTION_BACKENDS, can_fuse, check_requested, check_supported
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.errors import ConfigError
@@ -28,9 +33,7 @@ DEFAULT_NUM_STEPS = 8
 DEFAULT_MAX_RUNNING_REQUESTS = 128
 # of SGLang's --schedule-conservativeness, where a wrong guess costs a copy and not a prefill; not measured yet
 OFFLOAD_CONSERVATIVENESS = 0.1
-_STOCK_CONSERVATIVENESS = next(
-    f.default for f in dataclasses.fields(ServerArgs) if f.name == "schedule_conservativeness"
-)
+_STOCK_CONSERVATIVENESS: float = ServerArgs.schedule_conservativeness
 _DEFAULTS = SparseSpecConfig()
 
 
@@ -42,6 +45,16 @@ def _help(text: str, default: object) -> str:
 class SparseSpecServerArgs(ServerArgs):
     """ServerArgs with SPARSESPEC's options."""
 
+    # SGLang's own, so that its default can be told from the same number given by the user
+    schedule_conservativeness: Annotated[
+        float | None,
+        Arg(
+            help="How conservative the schedule policy is. Use a larger value if you see requests being retracted "
+            f"frequently. Default: {_STOCK_CONSERVATIVENESS}; {OFFLOAD_CONSERVATIVENESS} where SPARSESPEC has host "
+            "memory for KV."
+        ),
+        NS("schedule"),
+    ] = None
     sparsespec_budget_ratio: Annotated[
         float, _help("share of a request's KV tokens that a draft step reads, in (0, 1].", _DEFAULTS.budget_ratio)
     ] = _DEFAULTS.budget_ratio
@@ -217,11 +230,12 @@ class SparseSpecServerArgs(ServerArgs):
         int, _help("every so many rounds the verify is dense all the same; 0: never.", _DEFAULTS.dense_verify_every)
     ] = _DEFAULTS.dense_verify_every
     sparsespec_host_memory_gb: Annotated[
-        float | str,
+        float | str | None,
         Arg(
             help=_help(
                 "host memory for the KV of requests that wait while the pool is full, 10^9 bytes, a total for the "
-                "server, or auto: half of what is free, two pools at most; 0 leaves SGLang to retract them.",
+                "server, or auto: half of what is free, two pools at most; 0 leaves SGLang to retract them. Left out, "
+                "it is auto on a GPU and 0 on a CPU.",
                 _DEFAULTS.host_memory_gb,
             ),
             type_parser=parse_host_memory_gb,
@@ -235,6 +249,9 @@ class SparseSpecServerArgs(ServerArgs):
     ] = ()
 
     def __post_init__(self) -> None:
+        self._is_conservativeness_given = self.schedule_conservativeness is not None
+        if not self._is_conservativeness_given:
+            self.schedule_conservativeness = _STOCK_CONSERVATIVENESS
         if (self.speculative_algorithm or "").upper() == ALGORITHM:
             check_requested(self)
             self._choose_backend()
@@ -319,6 +336,9 @@ def resolve(server_args: ServerArgs) -> None:
         )
     num_steps = DEFAULT_NUM_STEPS if server_args.speculative_num_steps is None else server_args.speculative_num_steps
     options = {field.name.removeprefix("sparsespec_"): getattr(server_args, field.name) for field in _option_fields()}
+    if options["host_memory_gb"] is None:
+        default = default_host_memory_gb(str(server_args.device), is_verify_sparse=bool(options["verify_sparsity"]))
+        options["host_memory_gb"] = server_args.sparsespec_host_memory_gb = default
     options["host_memory_gb"] = resolve_host_memory_gb(options["host_memory_gb"], host_memory())
     config = SparseSpecConfig(num_steps=num_steps, **options)
     config = choose_verify_attention(config, str(server_args.device))
@@ -332,7 +352,7 @@ def resolve(server_args: ServerArgs) -> None:
         server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS
     if config.verify_attention == "fused":
         server_args.sparsespec_batch_sizes = _batch_sizes(server_args)
-    if config.host_memory_gb > 0 and server_args.schedule_conservativeness == _STOCK_CONSERVATIVENESS:
+    if config.host_memory_bytes > 0 and not server_args._is_conservativeness_given:
         server_args.schedule_conservativeness = OFFLOAD_CONSERVATIVENESS
     _turn_graphs_off(server_args)
 

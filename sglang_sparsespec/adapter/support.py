@@ -330,7 +330,7 @@ def _check_verify_sparsity(server_args: ServerArgs, config: SparseSpecConfig) ->
     # each is expected to work; whoever tests one takes it out
     untested = (
         ("--tp-size", server_args.tp_size, "1", server_args.tp_size == 1),
-        ("--sparsespec-host-memory-gb", config.host_memory_gb, "0", config.host_memory_gb == 0),
+        ("--sparsespec-host-memory-gb", config.host_memory_gb, "0", not config.host_memory_bytes),
         ("--sparsespec-selection", config.selection, "pillar, window or random", is_stored),
     )
     for option, value, allowed, is_tested in untested:

@@ -129,7 +129,7 @@ class SparseSpecWorker(BaseSpecWorker):
         super().__init__()
         assert server_args.sparsespec_config is not None, "SPARSESPEC's options were not resolved"
         self.config = server_args.sparsespec_config
-        scopes = ("sparsespec", "offload") if self.config.host_memory_gb > 0 else ("sparsespec",)
+        scopes = ("sparsespec", "offload") if self.config.host_memory_bytes > 0 else ("sparsespec",)
         patches.verify(patch for patch in patches.LEDGER if patch.scope in scopes)
         self._server_args = server_args
         self._gpu_id = gpu_id
@@ -147,7 +147,7 @@ class SparseSpecWorker(BaseSpecWorker):
         if ps.tp_size > 1:
             self._host_ranks = HostRanks(get_tp_group().cpu_group, ps.tp_rank, ps.tp_size)
         self._offload_metrics = None
-        if self.config.host_memory_gb > 0:
+        if self.config.host_memory_bytes > 0:
             self._offload_metrics = OffloadMetrics(server_args, is_reporting_rank=self._host_ranks.leads)
         self._metrics = RoundMetrics(
             server_args,
@@ -814,7 +814,7 @@ class SparseSpecWorker(BaseSpecWorker):
         patches.install_offloader(
             Offloader(
                 # a total for the server, which its ranks share
-                num_bytes=int(self.config.host_memory_gb * 1e9) // self._host_ranks.size,
+                num_bytes=self.config.host_memory_bytes // self._host_ranks.size,
                 tokens_per_round=self.config.num_draft_tokens,
                 model_runner=self._model_runner,
                 server_args=self._server_args,

@@ -9,6 +9,7 @@ Invariant: `check_integrity` passes between any two calls.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -88,14 +89,17 @@ class OffloadLedger(Generic[RequestT]):
         return sum(e.device_tokens for e in self._entries.values() if place is None or e.place is place)
 
     def check_integrity(self) -> None:
-        """Free and held host blocks are all there are, each once; whoever has a copy under way holds both ends of it.
+        """Every host block is free or has as many holders as there are entries that hold it, and those are all blocks;
+        whoever has a copy under way holds both ends of it.
 
         Raises:
             AccountError: naming the account that does not balance.
         """
-        held = [block for entry in self._entries.values() for block in entry.blocks]
-        if len(set(held)) != len(held) or set(held) & set(self._host.free_blocks):
-            raise AccountError("a host block is held twice, or held and free.")
+        held = Counter(block for entry in self._entries.values() for block in entry.blocks)
+        if any(count != self._host.num_holders(block) for block, count in held.items()):
+            raise AccountError("a host block is held by more or fewer requests than it counts.")
+        if set(held) & set(self._host.free_blocks):
+            raise AccountError("a host block is held and free.")
         if len(held) + len(self._host.free_blocks) != self._host.num_blocks:
             raise AccountError(
                 f"{len(held)} host blocks are held and {len(self._host.free_blocks)} free, of {self._host.num_blocks}."

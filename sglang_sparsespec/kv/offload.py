@@ -9,16 +9,22 @@ What of SGLang's own fits, and what does not: its `MHATokenToKVPoolHost` refuses
 beside it and scatters a request over the pool token by token; its transfer kernels write host memory from the
 multiprocessors that rounds need, where a copy engine moves whole chunks; and neither has a form for a CPU, where this
 package is tested.
-Invariant: a block is free or belongs to one request; nothing here waits for the device except `Transfer.wait`.
+Requests that share a prefix share its full blocks, each of which has crossed once.
+Invariants: a block is free or has holders; what is in a block that has several does not change; transfers end in the
+order in which they were started; nothing here waits for the device except `Transfer.wait`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import weakref
+from array import array
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_sparsespec.errors import PinError
 from sglang_sparsespec.ops.kv_tokens import KvBuffers, gather_tokens, scatter_tokens
 
 if TYPE_CHECKING:
@@ -43,7 +49,10 @@ class HostPool:
             layer).
         dtype: element type of all of them.
         num_bytes: budget; rounded down to whole blocks.
-        is_pinned: register the memory with CUDA.
+        is_pinned: register the memory with CUDA, for as long as this object lives.
+
+    Raises:
+        PinError: CUDA refuses to.
     """
 
     def __init__(
@@ -62,8 +71,16 @@ class HostPool:
         self._memory = torch.empty(self.num_blocks * block_tokens, sum(widths), dtype=dtype)
         if is_pinned and self.num_blocks > 0:
             _register(self._memory)
+            # memory that is freed while registered cannot be registered again by whoever gets it next. The finalizer
+            # keeps it alive until then; at the end of the process CUDA may be gone before it, and needs no telling
+            weakref.finalize(self, _unregister, self._memory).atexit = False
         self.free_blocks = list(range(self.num_blocks))
         """In ascending order, so that neighbours are found."""
+        self._holders: dict[int, int] = {}
+        """How many requests hold a block; no entry: it is free."""
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        """Blocks that others may hold as well, by what is in them and before them."""
 
     @property
     def num_bytes(self) -> int:
@@ -86,11 +103,42 @@ class HostPool:
         first = next(fits, 0)
         blocks = free[first : first + count]
         del free[first : first + count]
+        self._holders.update(dict.fromkeys(blocks, 1))
         return blocks
 
     def free(self, blocks: Sequence[int]) -> None:
-        self.free_blocks.extend(blocks)
+        """One holder less of each; those without any are free."""
+        for block in blocks:
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                del self._holders[block]
+                self._block_of.pop(self._key_of.pop(block, b""), None)
+                self.free_blocks.append(block)
         self.free_blocks.sort()
+
+    def num_holders(self, block: int) -> int:
+        return self._holders.get(block, 0)
+
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of as many leading `keys` as are known, each with one holder more: the caller, who must free them.
+
+        Args:
+            keys: of the full blocks of a prefix, see `block_keys`.
+        """
+        blocks = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            self._holders[block] += 1
+            blocks.append(block)
+        return blocks
+
+    def publish(self, keys: Sequence[bytes], blocks: Sequence[int]) -> None:
+        """Let others share full blocks, the first of a request, whose copy has been started."""
+        for key, block in zip(keys, blocks, strict=True):
+            if self._block_of.setdefault(key, block) == block:
+                self._key_of[block] = key
 
     def chunks(self, blocks: Sequence[int], start: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """Where tokens [start, end) of a request lie: the first token of each chunk, and its rows.
@@ -158,15 +206,16 @@ class Mover:
         gather_tokens(pool, slots, row)
         scatter_tokens(pool, slots, row)
 
-    def copy_out(self, slots: Tensor, blocks: Sequence[int]) -> Transfer:
+    def copy_out(self, slots: Tensor, blocks: Sequence[int], start: int = 0) -> Transfer:
         """Device to host, beside the round in flight, which must not write these slots.
 
         Args:
-            slots: [num_tokens], int64, in the order of positions; made on the scheduler's queue.
-            blocks: of the same request.
+            slots: [num_tokens - start], int64, of positions `start` and later in order; made on the scheduler's queue.
+            blocks: of the whole request.
+            start: positions before it are in their blocks already, or will be when the copies started before are done.
         """
         # the scheduler may just have written the page table that `slots` was read from
-        return self._transfer(self._gather, slots, blocks, 0, [self._queues.schedule()])
+        return self._transfer(self._gather, slots, blocks, start, [self._queues.schedule()])
 
     def copy_in(self, slots: Tensor, blocks: Sequence[int], start: int = 0) -> Transfer:
         """Host to device, after the round in flight: it may still write drafts into slots that it has lost.
@@ -223,6 +272,21 @@ class Mover:
         scatter_tokens(pool, slots, rows)
 
 
+def block_keys(token_ids: Sequence[int], extra_key: str | None, block_tokens: int) -> list[bytes]:
+    """A key for each full block of a prefix: equal where it, and all before it, hold the same tokens.
+
+    Args:
+        token_ids: of the prefix.
+        extra_key: what else tells prefixes apart in the host's cache.
+        block_tokens: of a host block.
+    """
+    keys, before = [], hashlib.sha256(repr(extra_key).encode())
+    for start in range(0, len(token_ids) - block_tokens + 1, block_tokens):
+        before.update(array("q", token_ids[start : start + block_tokens]).tobytes())
+        keys.append(before.digest())
+    return keys
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A host copy, made without waiting: from a CUDA device it is valid once the stream has got there."""
     if not tensor.is_cuda:
@@ -232,6 +296,12 @@ def to_host(tensor: Tensor) -> Tensor:
 
 def _register(memory: Tensor) -> None:
     # not `pin_memory=True`: torch's allocator rounds pinned memory up to a power of two
-    code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel() * memory.element_size(), 0)
-    if int(code) != 0:
-        raise RuntimeError(f"CUDA could not pin {memory.numel() * memory.element_size() / 1e9:.1f} GB (code {code}).")
+    num_bytes = memory.numel() * memory.element_size()
+    code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
+    if code != 0:
+        raise PinError(num_bytes, code)
+
+
+def _unregister(memory: Tensor) -> None:
+    # waits for copies that still use it; an error has nobody who could do anything about it
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -9,7 +9,13 @@ import pytest
 
 from sglang_sparsespec.adapter import host_memory as module
 from sglang_sparsespec.adapter import round_clock
-from sglang_sparsespec.adapter.host_memory import HostMemory, host_memory, parse_host_memory_gb, resolve_host_memory_gb
+from sglang_sparsespec.adapter.host_memory import (
+    HostMemory,
+    default_host_memory_gb,
+    host_memory,
+    parse_host_memory_gb,
+    resolve_host_memory_gb,
+)
 from sglang_sparsespec.adapter.round_clock import ROUND_COUNTERS, RoundClock
 from sglang_sparsespec.errors import ConfigError
 
@@ -74,7 +80,24 @@ def test_the_server_takes_auto(server_args: Callable[..., Any]) -> None:
     free = min(40, host_memory().free / GB)
     assert args.sparsespec_config.host_memory_gb == pytest.approx(free / 2, rel=0.1)
     assert args.schedule_conservativeness == 0.1
-    assert server_args().sparsespec_config.host_memory_gb == 0
+
+
+@pytest.mark.usefixtures("_registered")
+def test_left_out_it_depends_on_the_device(server_args: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU server that prefills requests again beside idle RAM; or a CPU that copies its memory to itself."""
+    assert default_host_memory_gb("cuda", is_verify_sparse=False) == "auto"
+    assert default_host_memory_gb("cuda", is_verify_sparse=True) == 0
+    assert default_host_memory_gb("cpu", is_verify_sparse=False) == 0
+    args = server_args()
+    assert (args.sparsespec_host_memory_gb, args.sparsespec_config.host_memory_gb) == (0, 0)
+    assert args.schedule_conservativeness == 1.0
+    # as on a GPU
+    monkeypatch.setattr("sglang_sparsespec.adapter.server_args.default_host_memory_gb", lambda *args, **kwargs: "auto")
+    args = server_args()
+    assert args.sparsespec_host_memory_gb == "auto"
+    assert args.sparsespec_config.host_memory_bytes > 0
+    assert args.schedule_conservativeness == 0.1
+    assert server_args(sparsespec_host_memory_gb=0).sparsespec_config.host_memory_bytes == 0
 
 
 @pytest.mark.usefixtures("_registered")

@@ -87,7 +87,7 @@ def look(rounds: Rounds, batch: Any) -> Iteration:
         free_slots=host.allocator.available_size(),
         free_rows=host.rows.available_size(),
         host_bytes=host.offloader._moves.host.used_bytes,
-        retracted=[req.rid for req in host.queued],
+        retracted=[req.rid for req in rounds.retracted],
     )
 
 
@@ -149,7 +149,7 @@ def test_no_memory_on_one_rank_retracts_on_all(
         if ranks.rank == failing:
             failing_pool.append(rounds.host.offloader._moves.host)
         seen = serve(rounds)
-        for req in rounds.host.queued:
+        for req in rounds.retracted:
             assert (req.kv, req.is_retracted, req.retraction_count) == (None, True, 1)
         return seen, rounds.host.metrics.counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from sglang_sparsespec.errors import ConfigError
+from sglang_sparsespec.errors import ConfigError, PinError
 from sglang_sparsespec.kv import offload as copies
 from sglang_sparsespec.kv.ledger import Place
 from tests.support.offload_machine import K1, LAYERS, NUM_ROWS, POOL_TOKENS, Machine, prompt
@@ -50,7 +51,7 @@ def test_a_request_comes_back_as_it_left(
 
         host.tree.evict(EvictParams(num_tokens=POOL_TOKENS))
     # the old slots and row belong to others now
-    stolen = host.allocator.alloc(host.allocator.available_size() - 256)
+    stolen = host.occupy(host.allocator.available_size() - 256)
     for buffer in host.buffers:
         buffer[stolen] = float("nan")
     host.rows.free_slots.reverse()
@@ -113,13 +114,61 @@ def test_abort_gives_everything_back(
     host.offloader.abort(host.scheduler, "nobody", abort_all=False)
     assert host.offloader.holds(req)
     host.offloader.abort(host.scheduler, req.rid[:2], abort_all=False)
-    assert [message.rid for message in host.sent] == [req.rid]
+    assert [message.rids for message in host.sent] == [[req.rid]]
     assert (req.req_pool_idx, req.kv) == (None, None)
     assert len(host.offloader) == host.offloader.device_tokens() == host.offloader._moves.host.used_bytes == 0
     assert host.rows.available_size() == NUM_ROWS - 1
     # what the other request holds, in whole pages: 33 committed tokens, of them 30 of its prompt, and its reserve
     held = -(-(33 + 2 * K1) // page_size) * page_size
     assert host.allocator.available_size() + host.tree.evictable_size() == POOL_TOKENS - held
+
+
+@pytest.mark.parametrize("place", list(Place))
+def test_an_aborted_request_answers_as_if_it_had_been_running(
+    machine: Callable[..., Machine], slow_copies: set[copies.Transfer], place: Place
+) -> None:
+    """A stream that ends without its last tokens, or an answer without prompt tokens and counts."""
+    host = machine()
+    req = move_to(host, place)
+    req.stream, req.spec_verify_ct = True, 4
+    # what the client has got already
+    req.send_token_offset = 3
+    host.offloader.abort(host.scheduler, "", abort_all=True)
+    (message,) = host.sent
+    assert req.finished()
+    assert [reason["type"] for reason in message.finished_reasons] == ["abort"]
+    assert message.finished_reasons[0]["message"] == "Aborted"
+    assert [list(ids) for ids in message.output_ids] == [list(range(103, 110))]
+    assert (message.prompt_tokens, message.completion_tokens, message.spec_verify_ct) == ([40], [10], [4])
+    # the round in flight comes by with it once more
+    host.scheduler.output_streamer.stream_output([req], False)
+    assert len(host.sent) == 1
+
+
+@pytest.mark.parametrize("place", list(Place))
+def test_time_in_host_memory_counts_as_running(
+    machine: Callable[..., Machine],
+    slow_copies: set[copies.Transfer],
+    monkeypatch: pytest.MonkeyPatch,
+    place: Place,
+) -> None:
+    """A request that its operator limits to a minute, and that waits for hours where SGLang does not look."""
+    monkeypatch.setenv("SGLANG_REQ_RUNNING_TIMEOUT", "60")
+    host = machine()
+    req = move_to(host, place)
+    running = SimpleNamespace(reqs=[])
+    now = time.perf_counter()
+    req.time_stats.forward_entry_time = now - 30
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    assert host.sent == []
+    assert host.offloader.holds(req)
+    req.time_stats.forward_entry_time = now - 61
+    host.offloader.before_batch(host.scheduler, running, None)  # type: ignore[arg-type]
+    (message,) = host.sent
+    assert message.finished_reasons[0]["message"] == "Request running timeout reached."
+    assert message.finished_reasons[0]["status_code"] == 503
+    assert len(host.offloader) == host.offloader._moves.host.used_bytes == 0
+    assert host.rows.available_size() == NUM_ROWS - 1
 
 
 @pytest.mark.parametrize("place", list(Place))
@@ -175,7 +224,7 @@ def fill(host: Machine, num_requests: int) -> Any:
     batch = host.run(*reqs)
     rest = host.allocator.available_size()
     if rest:
-        host.allocator.alloc(rest)
+        host.occupy(rest)
     for req in reqs:
         # a round has been committed: the next one needs slots
         req.output_ids.extend(range(K1))
@@ -193,6 +242,7 @@ def test_relief_takes_the_last_arrivals_and_stops_when_the_step_fits(
     oldest = batch.reqs[:4]
     assert not batch.check_decode_mem()
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.check_decode_mem()
     assert batch.reqs[: len(oldest)] == oldest
     assert 1 <= len(host.offloader) <= 2
@@ -221,10 +271,18 @@ def test_a_full_host_retracts_and_says_so(
     monkeypatch.setattr(copies.HostPool, "alloc", lambda pool, num_tokens: None)
     offload_on_release(monkeypatch, host)
     batch = fill(host, 6)
-    youngest = batch.reqs[-1]
+    running, newcomer = list(batch.reqs), SimpleNamespace(retraction_count=0)
+    host.scheduler.waiting_queue = [newcomer]
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.check_decode_mem()
-    assert host.queued[0] is youngest
+    assert host.queued.pop() is newcomer, "retracted requests come before those that have never run"
+    assert host.queued == running[-len(host.queued) :]
+    assert host.retracted == {
+        "num_retracted_reqs": len(host.queued),
+        "num_retracted_input_tokens": 30 * len(host.queued),
+        "num_retracted_output_tokens": (10 + K1) * len(host.queued),
+    }, "SGLang's counters"
     assert all(req.retraction_count == 1 and req.kv is None for req in host.queued)
     assert (
         host.metrics.counts["offload_refusals"]
@@ -233,6 +291,43 @@ def test_a_full_host_retracts_and_says_so(
     )
     assert "host memory is full" in caplog.text
     assert host.scheduler.new_token_ratio_tracker.current != 0.1, "SGLang admits less after a retraction"
+
+
+def test_the_senior_stays_though_nobody_else_can_move(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Newcomers whose prefill is in flight cannot move; if the oldest left for them, it could do so for ever."""
+    host = machine(is_radix=False)
+    offload_on_release(monkeypatch, host)
+    batch = fill(host, 3)
+    senior, *fresh = batch.reqs
+    for req in fresh:
+        req.output_ids, req.kv_committed_len = array("q"), 30
+    host.offloader.relieve(host.scheduler, batch)
+    host.check()
+    assert batch.check_decode_mem()
+    assert batch.reqs == [senior, *fresh[: len(batch.reqs) - 1]]
+    assert len(host.offloader) == 0
+    assert host.queued == fresh[len(batch.reqs) - 1 :]
+    assert host.metrics.counts["offload_refusals"] == len(host.queued) > 0
+    assert "the oldest request, which stays" in caplog.text
+    assert "host memory is full" not in caplog.text
+
+
+def test_the_senior_does_not_leave_early_either(machine: Callable[..., Machine]) -> None:
+    """Below the watermark copies start before they must: of the oldest, if all others are too fresh."""
+    host = machine(is_radix=False)
+    senior, fresh = host.request(prompt(30), 10), host.request(prompt(30, seed=1), 1)
+    batch = host.run(senior, fresh)
+    fresh.output_ids, fresh.kv_committed_len = array("q"), 30
+    host.occupy(host.allocator.available_size())
+    needed = batch.new_tokens_required_next_decode()
+    assert host.offloader._policy.should_leave(room=0, needed=needed, num_running=2)
+    assert batch.check_decode_mem()
+    host.offloader.relieve(host.scheduler, batch)
+    host.check()
+    assert batch.reqs == [senior, fresh]
+    assert len(host.offloader) == 0
 
 
 @pytest.mark.parametrize("place", [Place.LEAVING, Place.RETURNING])
@@ -250,11 +345,12 @@ def test_the_last_running_request_gets_what_copies_hold(
         host.leave(batch, other)
         host.iterate(batch)
     assert [e.place for e in host.offloader._moves.ledger.entries()] == [place]
-    host.allocator.alloc(host.allocator.available_size())
+    host.occupy(host.allocator.available_size())
     running.output_ids.extend(range(K1))
     running.kv_committed_len += K1
     assert not batch.check_decode_mem()
     host.offloader.relieve(host.scheduler, batch)
+    host.check()
     assert batch.reqs == [running]
     assert batch.check_decode_mem()
     assert [e.place for e in host.offloader._moves.ledger.entries()] == [Place.ON_HOST]
@@ -266,6 +362,19 @@ def test_memory_for_less_than_a_block_is_refused(machine: Callable[..., Machine]
     least = f"{copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4 / 1e9:.3g}"
     with pytest.raises(ConfigError, match=rf"^--sparsespec-host-memory-gb is 0.1; it must be at least {least} "):
         machine(host_blocks=0)
+
+
+def test_memory_that_cannot_be_pinned_is_the_operators_to_mend(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback with a number of CUDA's, and not a word of the option that asked for the memory."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PinError(8_000_000_000, 2)
+
+    monkeypatch.setattr("sglang_sparsespec.adapter.moves.HostPool", refuse)
+    with pytest.raises(ConfigError, match=r"^--sparsespec-host-memory-gb is 0.1; .*8 GB.*cudaError 2.*Lower it"):
+        machine()
 
 
 def test_a_request_that_is_not_settled_stays(machine: Callable[..., Machine]) -> None:
@@ -291,12 +400,56 @@ def test_the_senior_returns_first_and_leaves_room(machine: Callable[..., Machine
     host.leave(batch, *reqs[1:])
     assert host.iterate(batch).reqs == reqs
     host.leave(batch, *reqs[:0:-1])
-    # room for one: 39 tokens of KV, the next steps, the slack
-    taken = host.allocator.alloc(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 26)
+    # room for one: 39 tokens of KV, the next steps, a tenth of the pool so that it can stay
+    taken = host.occupy(host.allocator.available_size() - 39 - 2 * (2 * K1 + 1) - 51)
     batch = host.iterate(batch)
     assert batch.reqs == reqs[:2]
-    host.allocator.free(taken)
+    host.vacate(taken)
     assert host.iterate(batch).reqs == reqs
+
+
+def test_who_has_just_returned_stays_a_while(machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two copies and a lost round for every other round of a request; counted where nobody else is left."""
+    host = machine(is_radix=False)
+    offload_on_release(monkeypatch, host)
+    reqs = [host.request(prompt(30, seed=i), 10) for i in range(3)]
+    batch = host.run(*reqs)
+    host.leave(batch, reqs[2])
+    batch = host.iterate(batch)
+    assert batch.reqs == reqs
+    host.reserve(batch)
+
+    def step() -> list[Any]:
+        for req in batch.reqs:
+            req.output_ids.extend(range(K1))
+            req.kv_committed_len += K1
+        host.offloader.relieve(host.scheduler, batch)
+        host.reserve(batch)
+        return [entry.request for entry in host.offloader._moves.ledger.entries()]
+
+    host.occupy(host.allocator.available_size())
+    assert step() == [reqs[1]], "not the last, which has just come"
+    assert (host.metrics.most_moves, host.metrics.counts["offload_short_stays"]) == (1, 0)
+    host.occupy(host.allocator.available_size())
+    assert step() == [reqs[1], reqs[2]], "the oldest stays in any case"
+    assert (host.metrics.most_moves, host.metrics.counts["offload_short_stays"]) == (2, 1)
+
+
+def test_a_retracted_senior_comes_before_juniors_in_host_memory(machine: Callable[..., Machine]) -> None:
+    """It would wait until all of them had returned, and they would take the room that it waits for."""
+    host = machine(is_radix=False)
+    reqs = [host.request(prompt(20, seed=i), 5) for i in range(4)]
+    batch = host.run(*reqs)
+    host.leave(batch, reqs[1], reqs[3])
+    batch.release_req(1, 1, host.args)
+    batch.filter_batch(keep_indices=[0])
+    host.scheduler._add_request_to_queue(reqs[2], is_retracted=True)
+    assert not host.offloader.may_enter(reqs[2]), "its elder comes first"
+    assert host.iterate(batch).reqs == reqs[:2]
+    assert host.iterate(batch).reqs == reqs[:2], "the other one waits for it"
+    assert host.offloader.may_enter(reqs[2])
+    host.scheduler.waiting_queue = []
+    assert host.iterate(batch).reqs == [*reqs[:2], reqs[3]]
 
 
 def test_priorities_decide_before_arrival(machine: Callable[..., Machine]) -> None:

@@ -57,8 +57,8 @@ OTHER_VALUES: dict[str, Any] = {
 
 
 def on_cpu(**options: Any) -> SparseSpecConfig:
-    """As a CPU server resolves them: `auto` is not kept."""
-    return SparseSpecConfig(**{"verify_attention": "backend", **options})
+    """As a CPU server resolves them: `auto` and None are not kept."""
+    return SparseSpecConfig(**{"verify_attention": "backend", "host_memory_gb": 0.0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_pa
     for left_out in (("host_memory_gb",), LOSSY_VALUES):
         values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}
         args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
-        assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **values)
+        assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **{"host_memory_gb": 0.0, **values})
     assert args.speculative_num_draft_tokens == 4
 
 
@@ -173,6 +173,11 @@ def test_offloading_admits_more_unless_told_otherwise(server_args: Callable[...,
     assert server_args(sparsespec_host_memory_gb=0.1).schedule_conservativeness == 0.1
     args = server_args(sparsespec_host_memory_gb=0.1, schedule_conservativeness=0.7)
     assert args.schedule_conservativeness == 0.7
+    # SGLang's own default, given on purpose
+    args = server_args(sparsespec_host_memory_gb=0.1, schedule_conservativeness=1.0)
+    assert args.schedule_conservativeness == 1.0
+    # a server without the algorithm is SGLang's own
+    assert server_args(speculative_algorithm=None).schedule_conservativeness == 1.0
 
 
 def test_host_memory_beyond_the_machine_is_refused(server_args: Callable[..., Any]) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import requests
 
+from sglang_sparsespec.kv.policy import MovePolicy
 from tests.e2e.conftest import TINY_ENV
 from tests.support import pressure
 from tests.support.parity import Verdict, compare_greedy
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from tests.support.workload import Exchange, Payload, Response
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OPTIONS = (
@@ -37,16 +38,24 @@ OPTIONS = (
 )
 CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SERVERS = {
+    # CI runs the first of each kind
     "overlap-page1-radix": "--page-size 1",
     "sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 --disable-radix-cache "
     "--schedule-conservativeness 0.01",
     # rounds of our own verify, padded as where graphs are captured
     "overlap-page16-fused": "--page-size 16 --chunked-prefill-size 64 --sparsespec-verify-attention fused "
     "--cuda-graph-bs-decode 5 12 24",
+    "overlap-page1-unified": "--page-size 1 --chunked-prefill-size 64 --sparsespec-schedule unified",
 }
 
 
-@pytest.fixture(scope="module", params=SERVERS)
+def first_of(servers: dict[str, str]) -> list[Any]:
+    """The first always; the others with --long."""
+    names = iter(servers)
+    return [next(names), *(pytest.param(name, marks=pytest.mark.long) for name in names)]
+
+
+@pytest.fixture(scope="module", params=first_of(SERVERS))
 def server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:
@@ -57,19 +66,20 @@ def server(
 
 
 FAULTY_SERVERS = {
-    "overlap-page16-radix-chunked": "--page-size 16 --chunked-prefill-size 64",
+    "overlap-page16-radix-chunked": "--page-size 16 --chunked-prefill-size 64 --schedule-conservativeness 0.01",
     "sync-page1-priority": "--disable-overlap-schedule --disable-radix-cache --enable-priority-scheduling "
     "--priority-scheduling-preemption-threshold 1",
+    "overlap-page16-unified": "--page-size 16 --disable-radix-cache --sparsespec-schedule unified",
 }
 
 
-@pytest.fixture(scope="module", params=FAULTY_SERVERS)
+@pytest.fixture(scope="module", params=first_of(FAULTY_SERVERS))
 def faulty_server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:
-    """Seven of ten allocations of host memory are refused; a copy takes four looks at it."""
+    """Nine of ten allocations of host memory are refused; a copy takes four looks at it."""
     options = [*OPTIONS.split(), *FAULTY_SERVERS[request.param].split()]
-    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.7,polls=4"}
+    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.9,polls=4"}
     command = [sys.executable, "-m", "tests.support.faulty_offload"]
     with Server(tiny_model, *options, env=env, command=command, cwd=REPOSITORY) as server:
         yield request.param, server
@@ -107,11 +117,42 @@ def test_requests_wait_in_host_memory(server: tuple[str, Server], pressure_recor
     offloads = metric(live, "offloads_total")
     assert offloads > 10
     assert metric(live, "offload_refusals_total") == 0
+    # the doomed have 180 tokens; in a pool of 1,024 nobody else may be left before a minimum stay is over
+    bound = MovePolicy(tokens_per_round=4, pool_tokens=pressure.POOL_TOKENS).max_moves(180)
+    assert 1 <= metric(live, "offload_most_moves") <= bound
+    assert f"most moves of a request {metric(live, 'offload_most_moves'):.0f}" in live.log_text()
     assert metric(live, "offload_lost_rounds_total") == (offloads if "overlap" in name else 0)
     assert metric(live, "copied_out_bytes_total") >= metric(live, "copied_in_bytes_total") > 0
     assert metric(live, "copy_in_bytes_per_second") > 0
     assert "requests in host memory" in live.log_text()
     assert "Retract requests" not in live.log_text()
+
+
+def wait_for_offload(live: Server, future: Future[Any]) -> None:
+    """Until somebody waits in host memory."""
+    deadline = time.monotonic() + 60
+    while not re.search(r"SPARSESPEC: [1-9]\d* requests in host", live.log_tail(6)) and not future.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert not future.done(), "nobody left for host memory"
+
+
+def test_abort_while_requests_wait(server: tuple[str, Server], pressure_record: list[Exchange]) -> None:
+    """An answer that says less than that of a running request: counts that are missing, a stream without its end."""
+    _, live = server
+    payloads = [{**exchange.payload, "rid": f"gone-{i}"} for i, exchange in enumerate(not_penalised(pressure_record))]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(pressure.send, live, payloads[:40], 40)
+        wait_for_offload(live, future)
+        # nobody returns before the abort arrives
+        assert live.post("/pause_generation", {"mode": "in_place"}).status_code == 200
+        try:
+            assert live.post("/abort_request", {"abort_all": True}).status_code == 200
+        finally:
+            assert live.post("/continue_generation", {}).status_code == 200
+        outputs = future.result()
+    assert pressure.assert_aborted_alike(live, payloads[:40], outputs) > 0
+    assert_nothing_is_left(live)
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
@@ -121,11 +162,7 @@ def test_pause_while_requests_wait(server: tuple[str, Server], pressure_record: 
     exchanges = not_penalised(pressure_record)[:40]
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(pressure.send, live, [exchange.payload for exchange in exchanges], 40)
-        deadline = time.monotonic() + 60
-        while not re.search(r"SPARSESPEC: [1-9]\d* requests in host", live.log_tail(6)) and not future.done():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        assert not future.done(), "nobody left for host memory"
+        wait_for_offload(live, future)
         assert live.post("/pause_generation", {"mode": mode}).status_code == 200
         try:
             if mode == "in_place":
@@ -154,7 +191,7 @@ def test_refused_moves_retract_and_nothing_else(
     refusals = metric(live, "offload_refusals_total")
     assert refusals > 0
     retractions = sum(output["meta_info"]["num_retractions"] for output in outputs)
-    assert retractions >= refusals if "priority" in name else retractions == refusals
+    assert retractions == refusals
     assert metric(live, "offloads_total") > 0
 
 

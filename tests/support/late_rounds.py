@@ -54,6 +54,7 @@ class Rounds:
         self.device_lens: dict[str, int] = {}
         self.in_flight: list[Row] = []
         self.num_moves = 0
+        self.retracted: list[Any] = []
 
     def write(self, slots: torch.Tensor, values: torch.Tensor) -> None:
         for buffer in self.host.buffers:
@@ -69,20 +70,19 @@ class Rounds:
 
     def launch(self, batch: Any) -> list[Row]:
         rows = []
+        self.host.reserve(batch)
         for req in batch.reqs:
             start = self.device_lens.setdefault(req.rid, req.kv_committed_len)
-            missing = req.kv_committed_len + 2 * K1 - req.kv.kv_allocated_len
-            if missing > 0:
-                slots = self.host.allocator.alloc(missing)
-                assert slots is not None, "relief has made room"
-                end = req.kv.kv_allocated_len + missing
-                self.host.rows.write((req.req_pool_idx, slice(req.kv.kv_allocated_len, end)), slots)
-                req.kv.kv_allocated_len = end
             slots = self.host.rows.req_to_token[req.req_pool_idx, start : start + K1].long()
             accepted = self.rng.randint(1, K1)
             values = exact(req, start, start + K1)
             values[accepted:] = GARBAGE
-            self.queue.run(lambda slots=slots: self.write(slots, torch.full((K1,), GARBAGE)))  # type: ignore[misc]
+            # drafts of this round; by the unified schedule also those behind its verify
+            reach = self.host.reserved_tokens - K1
+            drafts = self.host.rows.req_to_token[req.req_pool_idx, start : start + reach].long()
+            self.queue.run(
+                lambda slots=drafts: self.write(slots, torch.full((len(slots),), GARBAGE))  # type: ignore[misc]
+            )
             self.queue.run(lambda slots=slots, values=values: self.write(slots, values))  # type: ignore[misc]
             self.device_lens[req.rid] = start + accepted
             rows.append(Row(req, accepted, self.queue.mark()))
@@ -108,6 +108,10 @@ class Rounds:
         before = len(host.offloader)
         if not batch.is_empty():
             host.offloader.relieve(host.scheduler, batch)
+            host.check()
+        # nobody prefills them again here
+        self.retracted += host.queued
+        host.scheduler.waiting_queue = []
         self.num_moves += len(host.offloader) - before
         launched = self.launch(batch)
         self.process(self.in_flight)

@@ -21,6 +21,9 @@ class Machine:
     def __init__(
         self, args: Any, *, is_radix: bool, host_blocks: int = 40, queues: Any = None, ranks: Any = None
     ) -> None:
+        from sglang.srt.disaggregation.utils import DisaggregationMode
+        from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
+        from sglang.srt.mem_cache import allocation_sizing
         from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
         from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -34,6 +37,7 @@ class Machine:
         from sglang_sparsespec.adapter.offload_metrics import OffloadMetrics
 
         self.args, page_size = args, args.page_size
+        self.reserved_tokens: int = allocation_sizing.get_alloc_reserve_per_decode(args)
         self.rows = ReqToTokenPool(NUM_ROWS, 256, "cpu", False)
         self.kv = MHATokenToKVPool(POOL_TOKENS, page_size, torch.float32, 2, 4, LAYERS, "cpu", False)
         for buffer in self.buffers:
@@ -48,7 +52,6 @@ class Machine:
         stream = torch.cpu.Stream()
         algorithm = SpeculativeAlgorithm.from_string("SPARSESPEC")
         self.sent: list[Any] = []
-        self.queued: list[Any] = []
         self.scheduler: Any = SimpleNamespace(
             server_args=args,
             device="cpu",
@@ -65,14 +68,26 @@ class Machine:
             chunked_req=None,
             waiting_queue=[],
             get_num_allocatable_reqs=lambda running: self.rows.available_size(),
-            ipc_channels=SimpleNamespace(
-                send_to_tokenizer=SimpleNamespace(send_output=lambda message, req: self.sent.append(message))
+            output_streamer=SchedulerOutputStreamer(
+                send_to_detokenizer=SimpleNamespace(send_output=self.sent.append),
+                tree_cache=self.tree,
+                ps=SimpleNamespace(dp_rank=0, attn_tp_rank=0),
+                server_args=args,
+                is_generation=True,
+                spec_algorithm=algorithm,
+                disaggregation_mode=DisaggregationMode.NULL,
+                enable_hicache_storage=lambda: False,
             ),
             last_batch=None,
-            metrics_reporter=SimpleNamespace(num_retracted_reqs=0),
+            metrics_reporter=SimpleNamespace(
+                num_retracted_reqs=0,
+                enable_metrics=True,
+                metrics_collector=SimpleNamespace(increment_retracted_reqs=self._count_retracted),
+            ),
             new_token_ratio_tracker=SimpleNamespace(current=0.1),
-            _add_request_to_queue=lambda req, is_retracted=False: self.queued.append(req),
+            _add_request_to_queue=lambda req, is_retracted=False: self.scheduler.waiting_queue.append(req),
         )
+        self.retracted = {"num_retracted_reqs": 0, "num_retracted_input_tokens": 0, "num_retracted_output_tokens": 0}
         self.saved: dict[int, Any] = {}
         self.forgotten: list[str] = []
         block_bytes = copies.BLOCK_TOKENS * 2 * LAYERS * 8 * 4
@@ -98,6 +113,16 @@ class Machine:
             ranks=ranks,
         )
         self._arrivals = itertools.count(1)
+        self._requests: list[Any] = []
+        self._occupied = 0
+
+    @property
+    def queued(self) -> list[Any]:
+        return self.scheduler.waiting_queue  # type: ignore[no-any-return]
+
+    def _count_retracted(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self.retracted[name] += number
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -117,7 +142,7 @@ class Machine:
         committed = len(prompt) + num_outputs - 1
         page = self.args.page_size
         start = len(req.prefix_indices)
-        allocated = -(-(committed + 2 * K1) // page) * page
+        allocated = -(-(committed + self.reserved_tokens) // page) * page
         slots = self.allocator.alloc(allocated - start)
         assert slots is not None
         self.rows.write((req.req_pool_idx, slice(0, start)), req.prefix_indices)
@@ -128,7 +153,30 @@ class Machine:
         self.tree.cache_unfinished_req(req)
         req.output_ids.extend(range(100, 100 + num_outputs))
         req.kv_committed_len = committed
+        self._requests.append(req)
         return req
+
+    def occupy(self, num_tokens: int) -> torch.Tensor:
+        """Slots that belong to nobody here, until `vacate`."""
+        slots = self.allocator.alloc(num_tokens)
+        assert slots is not None
+        self._occupied += num_tokens
+        return slots
+
+    def vacate(self, slots: torch.Tensor) -> None:
+        self.allocator.free(slots)
+        self._occupied -= len(slots)
+
+    def reserve(self, batch: Any) -> None:
+        """Slots for the next round, as SGLang allocates them once relief has made room."""
+        for req in batch.reqs:
+            start, end = req.kv.kv_allocated_len, req.kv_committed_len + self.reserved_tokens
+            if end > start:
+                slots = self.allocator.alloc(end - start)
+                assert slots is not None, "relief has made room"
+                self.rows.write((req.req_pool_idx, slice(start, end)), slots)
+                req.kv.kv_allocated_len = end
+        self.check()
 
     def run(self, *reqs: Any) -> Any:
         """A running batch."""
@@ -149,10 +197,29 @@ class Machine:
         batch.filter_batch(keep_indices=[i for i, r in enumerate(batch.reqs) if not self.offloader.holds(r)])
 
     def iterate(self, batch: Any) -> Any:
-        self.offloader.check_integrity()
+        self.check()
         batch = self.offloader.before_batch(self.scheduler, batch, None)
-        self.offloader.check_integrity()
+        self.check()
         return batch
+
+    def check(self) -> None:
+        """Every slot of the pool has one owner, and every host block: what SGLang checks in a server."""
+        self.offloader.check_integrity()
+        page = self.args.page_size
+        held = sum(
+            -(-req.kv.kv_allocated_len // page) * page - req.cache_protected_len
+            for req in self._requests
+            if req.kv is not None and not self.offloader.holds(req)
+        )
+        parts = {
+            "free": self.allocator.available_size(),
+            "cached": self.tree.evictable_size(),
+            "cached and in use": self.tree.protected_size(),
+            "held by requests": held,
+            "under a copy": self.offloader.device_tokens(),
+            "occupied": self._occupied,
+        }
+        assert sum(parts.values()) == POOL_TOKENS, parts
 
     def used_slots(self) -> int:
         return POOL_TOKENS - self.allocator.available_size() - self.tree.evictable_size()

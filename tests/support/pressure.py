@@ -83,6 +83,21 @@ def assert_nothing_is_left(server: Server) -> None:
     assert server.loads()["num_used_tokens"] == 0
 
 
+def assert_aborted_alike(server: Server, payloads: Sequence[Payload], responses: Sequence[Response]) -> int:
+    """Whoever was aborted in host memory answers as one that was running; how many there were. Payloads have a rid."""
+    away = set(re.findall(r"SPARSESPEC: aborted request (\S+) \(", server.log_text()))
+    num_aborted = 0
+    for payload, response in zip(payloads, responses, strict=True):
+        if payload["rid"] in away:
+            meta = response["meta_info"]
+            assert (meta["finish_reason"]["type"], meta["finish_reason"]["message"]) == ("abort", "Aborted")
+            assert meta["prompt_tokens"] == len(payload["input_ids"])
+            assert meta["completion_tokens"] == len(response["output_ids"]) > 0
+            assert "spec_verify_ct" in meta
+            num_aborted += 1
+    return num_aborted
+
+
 def send(server: Server, payloads: Sequence[Payload], concurrency: int) -> list[Response]:
     """All requests in order, `concurrency` at a time; every eleventh as a stream, of which the last chunk counts."""
 

@@ -27,6 +27,7 @@ VALID: list[tuple[str, Any]] = [
     ("score_pooling", 0),
     ("score_pooling", 1024),
     ("host_memory_gb", 0),
+    ("host_memory_gb", None),
     ("host_memory_gb", 0.5),
     ("host_memory_gb", 2000),
     ("adaptive", True),
@@ -163,7 +164,6 @@ INVALID: list[tuple[str, Any, str]] = [
     ("host_memory_gb", float("inf"), "--sparsespec-host-memory-gb"),
     ("host_memory_gb", "8", "--sparsespec-host-memory-gb"),
     ("host_memory_gb", True, "--sparsespec-host-memory-gb"),
-    ("host_memory_gb", None, "--sparsespec-host-memory-gb"),
 ]
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import re
+
 import pytest
 import torch
 
-from sglang_sparsespec.kv.offload import HostPool, Mover, to_host
+from sglang_sparsespec.errors import PinError
+from sglang_sparsespec.kv.offload import HostPool, Mover, block_keys, to_host
 from sglang_sparsespec.kv.queues import device_queues
 
 NUM_SLOTS, BLOCK = 300, 16
@@ -78,6 +82,66 @@ def test_requests_do_not_share_blocks() -> None:
     assert sorted(host.free_blocks) == list(range(6))
 
 
+def test_blocks_of_a_prefix_are_free_when_the_last_holder_is_gone() -> None:
+    """A block that is handed out under its second holder, or never again."""
+    host = pool_for(device_buffers(torch.float32), num_blocks=6)
+    tokens = list(range(2 * BLOCK + 5))
+    keys = block_keys(tokens, None, BLOCK)
+    assert len(keys) == 2
+    assert host.share(keys) == []
+    first = host.alloc(len(tokens))
+    assert first == [0, 1, 2]
+    host.publish(keys, first[:2])
+    shared = host.share(keys)
+    assert shared == [0, 1]
+    assert [host.num_holders(block) for block in range(4)] == [2, 2, 1, 0]
+    assert host.used_bytes == host.num_bytes // 2, "each counts once"
+    # the one that brought them goes first
+    host.free(first)
+    assert host.free_blocks == [2, 3, 4, 5]
+    assert host.share(keys[:1]) == [0]
+    host.free([0])
+    host.free(shared)
+    assert host.free_blocks == [0, 1, 2, 3, 4, 5]
+    assert host.share(keys) == [], "what is in them is no longer what the key says"
+    # the same prefix again, and one that came to the host twice: the first stays known
+    again, twice = host.alloc(BLOCK), host.alloc(BLOCK)
+    host.publish(keys[:1], again or [])
+    host.publish(keys[:1], twice or [])
+    host.free(twice or [])
+    assert host.share(keys) == again
+
+
+def test_keys_tell_prefixes_apart() -> None:
+    """KV of another prefix, adapter or salt under the same tokens."""
+    tokens = list(range(3 * BLOCK))
+    keys = block_keys(tokens, None, BLOCK)
+    assert len(keys) == len(set(keys)) == 3
+    assert block_keys(tokens[: 3 * BLOCK - 1], None, BLOCK) == keys[:2]
+    assert block_keys(tokens[: BLOCK - 1], None, BLOCK) == block_keys([], None, BLOCK) == []
+    assert not set(keys) & set(block_keys(tokens, "adapter", BLOCK))
+    changed = block_keys([7, *tokens[1:]], None, BLOCK)
+    assert not set(keys) & set(changed), "a later block depends on all before it"
+    assert len({*block_keys([1] * 2 * BLOCK, None, BLOCK)}) == 2
+
+
+def test_a_copy_out_may_begin_behind_what_is_there() -> None:
+    """The prefix of another request overwritten, or the rest in its place."""
+    buffers = device_buffers(torch.float32)
+    host = pool_for(buffers, num_blocks=4)
+    mover = mover_for(host, buffers, is_staged=True)
+    slots = torch.randperm(NUM_SLOTS)[: 2 * BLOCK + 3]
+    blocks = [3, 0, 2]
+    mover.copy_out(slots[:BLOCK], blocks[:1])
+    rest = mover.copy_out(slots[BLOCK:], blocks, start=BLOCK)
+    assert rest.num_bytes == (BLOCK + 3) * host.bytes_per_token
+    expected = [buffer[slots].clone() for buffer in buffers]
+    target = torch.randperm(NUM_SLOTS)[: len(slots)]
+    mover.copy_in(target, blocks)
+    assert all(torch.equal(buffer[target], kv) for buffer, kv in zip(buffers, expected, strict=True))
+    assert mover.copy_out(slots[:0], blocks[:1], start=BLOCK).is_done(), "nothing is left to copy"
+
+
 def test_buffers_are_asked_for_at_every_copy() -> None:
     """SGLang may replace its buffers after it has captured its graphs."""
     buffers = device_buffers(torch.float32)
@@ -121,6 +185,61 @@ def test_memory_below_one_block_holds_nothing(num_bytes: int) -> None:
     host = HostPool([16, 16, 8, 8], torch.float32, num_bytes, block_tokens=BLOCK)
     assert host.num_blocks == host.num_bytes == 0
     assert host.alloc(1) is None
+
+
+class FakeCudart:
+    """Registers memory as CUDA does: no address twice; error codes are enums that do not print their number."""
+
+    class Error:
+        def __init__(self, code: int) -> None:
+            self._code = code
+
+        def __int__(self) -> int:
+            return self._code
+
+        def __str__(self) -> str:
+            return "cudaError.???"
+
+    def __init__(self, limit: int = 1 << 40) -> None:
+        self.registered: dict[int, int] = {}
+        self._limit = limit
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> FakeCudart.Error:
+        if any(a < address + num_bytes and address < a + size for a, size in self.registered.items()):
+            return self.Error(712)
+        if num_bytes > self._limit:
+            return self.Error(2)
+        self.registered[address] = num_bytes
+        return self.Error(0)
+
+    def cudaHostUnregister(self, address: int) -> FakeCudart.Error:
+        return self.Error(0 if self.registered.pop(address, None) else 713)
+
+
+@pytest.mark.parametrize("is_in_cycle", [False, True], ids=["counted", "cycle"])
+def test_memory_is_pinned_as_long_as_its_pool_lives(monkeypatch: pytest.MonkeyPatch, is_in_cycle: bool) -> None:
+    """Memory freed while registered: the next pool at the address is refused, or another user's copies are."""
+    cudart = FakeCudart()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    for _ in range(3):
+        host = HostPool([2, 2], torch.float32, 1 << 16, block_tokens=4, is_pinned=True)
+        address = host._memory.data_ptr()
+        assert cudart.registered == {address: host.num_bytes}
+        if is_in_cycle:
+            host.itself = host  # type: ignore[attr-defined]
+        del host
+        gc.collect()
+        assert cudart.registered == {}
+
+
+def test_memory_that_cannot_be_pinned_names_size_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudaError.???` helps nobody; and a refused pool must not unregister what it never registered."""
+    cudart = FakeCudart(limit=1000)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with pytest.raises(PinError, match=re.escape("does not pin 2e-06 GB of host memory (cudaError 2)")):
+        HostPool([2, 3], torch.float32, 2000, block_tokens=4, is_pinned=True)
+    HostPool([2, 2], torch.float32, 0, block_tokens=4, is_pinned=True)
+    assert cudart.registered == {}
 
 
 def test_to_host_is_a_copy() -> None:

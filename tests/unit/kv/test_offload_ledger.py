@@ -76,6 +76,10 @@ def _change_the_length(host: HostPool, held: Entry[str]) -> None:
     held.num_tokens = 1
 
 
+def _share_without_counting(host: HostPool, held: Entry[str]) -> None:
+    host._holders[held.blocks[0]] = 2
+
+
 def _keep_slots_on_the_host(host: HostPool, held: Entry[str]) -> None:
     held.device_tokens = 5
 
@@ -91,6 +95,7 @@ def _move_without_a_copy(host: HostPool, held: Entry[str]) -> None:
         _free_a_held_block,
         _hold_a_block_twice,
         _change_the_length,
+        _share_without_counting,
         _keep_slots_on_the_host,
         _move_without_a_copy,
     ],
@@ -105,6 +110,26 @@ def test_check_integrity_notices(damage: Any) -> None:
     damage(host, held)
     with pytest.raises(AccountError):
         ledger.check_integrity()
+
+
+def test_a_shared_block_has_several_holders() -> None:
+    """A check that calls sharing a fault, or that lets a block go while somebody holds it."""
+    host = host_pool()
+    ledger: OffloadLedger[str] = OffloadLedger(host)
+    first = entry(host, "a", 10)
+    host.publish([b"0", b"1"], first.blocks[:2])
+    second = entry(host, "b", 1)
+    second.blocks, second.num_tokens = host.share([b"0", b"1"]) + second.blocks, 9
+    ledger.add(first)
+    ledger.add(second)
+    ledger.check_integrity()
+    assert len(host.free_blocks) == host.num_blocks - 4
+    ledger.remove(first)
+    ledger.check_integrity()
+    assert len(host.free_blocks) == host.num_blocks - 3
+    ledger.remove(second)
+    ledger.check_integrity()
+    assert len(host.free_blocks) == host.num_blocks
 
 
 def test_a_request_is_in_one_place() -> None:
