@@ -108,7 +108,9 @@ _install() {
     fi
     if [ ${#uv[@]} -gt 0 ]; then
         say "installing $requirement with uv (the first time 3 to 5 GB: SGLang, torch, CUDA libraries)"
-        (cd "$REPOSITORY" && "${uv[@]}" pip install --python "$VENV/bin/python" --editable "$requirement") && return
+        # as pip does; where Python may not write bytecode, every start of a server would compile SGLang again: a minute
+        (cd "$REPOSITORY" && "${uv[@]}" pip install --python "$VENV/bin/python" --compile-bytecode --editable "$requirement") &&
+            return
         say "uv did not succeed; trying pip, which takes some minutes"
     else
         say "installing $requirement with pip (the first time 3 to 5 GB; some minutes)"
