@@ -111,7 +111,11 @@ class RoundMetrics:
         self._num_steps = num_steps
         self._interval = server_args.decode_log_interval
         self._speaks = is_reporting_rank
-        self._gauges = _gauges(server_args) if server_args.enable_metrics and is_reporting_rank else None
+        self._labels = {"model_name": server_args.served_model_name or server_args.model_path}
+        self._gauges, self._reason_gauge = None, None
+        if server_args.enable_metrics and is_reporting_rank:
+            self._gauges, self._reason_gauge = _gauges(self._labels)
+        self._reasons: dict[str, str] = {}
         if self._gauges is not None:
             self._gauges["lossy"].set(int(is_lossy))
         self._has_warned = False
@@ -178,15 +182,25 @@ class RoundMetrics:
                 self._gauges["selection_refresh_ms"].set(refresh_ms)
             if status is not None:
                 self._gauges["num_steps"].set(status.num_steps)
+                self._show_reason("k", status.reason)
                 self._gauges["predicted_speedup"].set(status.predicted_speedup or 0.0)
                 self._gauges["measured_speedup"].set(status.measured_speedup or 0.0)
             if schedule is not None:
                 self._gauges["unified"].set(int(schedule.schedule == "unified"))
+                self._show_reason("schedule", schedule.reason)
                 self._gauges["predicted_unified_ratio"].set(schedule.predicted or 0.0)
                 self._gauges["measured_unified_ratio"].set(schedule.measured or 0.0)
         self._warn_if_poor()
         if self._on_report is not None:
             self._on_report()
+
+    def _show_reason(self, what: str, reason: str) -> None:
+        assert self._reason_gauge is not None, "metrics are off"
+        before = self._reasons.get(what)
+        if before is not None and before != reason:
+            self._reason_gauge.labels(what=what, reason=before, **self._labels).set(0)
+        self._reason_gauge.labels(what=what, reason=reason, **self._labels).set(1)
+        self._reasons[what] = reason
 
     def _warn_if_poor(self) -> None:
         if self._has_warned or not self._speaks or self._verifies < POOR_AFTER_VERIFIES:
@@ -225,11 +239,11 @@ def _times(ratio: float | None) -> str:
     return "unknown" if ratio is None else f"{ratio:.2f}"
 
 
-def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
+def _gauges(labels: dict[str, str]) -> tuple[dict[str, Any], Any]:
+    """Those with a value, by name; and the one whose value is its label."""
     # SGLang sets PROMETHEUS_MULTIPROC_DIR before anything may import this
     from prometheus_client import Gauge
 
-    labels = {"model_name": server_args.served_model_name or server_args.model_path}
     texts = {
         "accept_length": "Completion tokens per verify over the last log interval, bonus token included.",
         "budget_share": "Share of the running requests' KV tokens that draft steps select.",
@@ -245,9 +259,16 @@ def _gauges(server_args: SparseSpecServerArgs) -> dict[str, Any]:
         "measured_unified_ratio": "The same, corrected by the times of rounds of both; 0: unknown.",
         "selection_refresh_ms": "Score capture and selection over all layers of one round, milliseconds.",
     }
-    return {
+    gauges = {
         name: Gauge(f"sglang:sparsespec_{name}", text, labelnames=labels.keys(), multiprocess_mode="mostrecent").labels(
             **labels
         )
         for name, text in texts.items()
     }
+    reason = Gauge(
+        "sglang:sparsespec_reason",
+        "1 for the reason why k, or the schedule, is what it is; 0 for earlier ones.",
+        labelnames=("what", "reason", *labels),
+        multiprocess_mode="mostrecent",
+    )
+    return gauges, reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -67,6 +68,9 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
     text = requests.get(server.url + "/metrics", timeout=60).text
     for name in ("num_steps", "predicted_speedup", "measured_speedup"):
         assert f"sglang:sparsespec_{name}{{" in text
+    reasons = dict(re.findall(r'sparsespec_reason\{.*?reason="(.*?)",what="k"\} (\S+)', text))
+    assert list(reasons.values()).count("1.0") == 1, reasons
+    assert set(reasons) <= {"nothing measured yet", "the fastest by the cost model", "drafting does not pay"}
     assert "over plain decoding" in server.log_text()
     # plain decoding was looked at, and drafts were made
     used = [output["meta_info"]["spec_correct_drafts_histogram"] for output in outputs]
