@@ -1,4 +1,4 @@
-"""The label of a lossy server, where SGLang's HTTP server and tokenizer manager are: in the parent process.
+"""The label of a lossy server, in the process that answers clients: SGLang's HTTP server and tokenizer manager.
 
 Invariant: nothing leaves a server that may change the output without saying so.
 """

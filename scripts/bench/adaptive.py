@@ -108,7 +108,9 @@ def server_args(args: argparse.Namespace) -> list[str]:
 
 
 def spec_args(args: argparse.Namespace) -> list[str]:
-    return ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *args.spec_arg]
+    # a pool that overflows is another study (offload.py)
+    without = ["--sparsespec-host-memory-gb", "0"]
+    return ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *without, *args.spec_arg]
 
 
 def start(
@@ -142,7 +144,7 @@ def model_of(args: argparse.Namespace, folder: Path) -> Path:
 
 def book_of(args: argparse.Namespace) -> Book:
     facts = provenance()
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit")}
+    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "sources")}
     context["model"] = args.shape or ("tiny" if args.tiny else str(args.model.resolve()))
     # not the batches: a cell is the same whatever other cells are asked for
     context["options"] = [args.pool, args.plain_tokens, args.server_arg, args.spec_arg]

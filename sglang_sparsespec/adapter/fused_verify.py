@@ -7,7 +7,6 @@ so a verify can be captured.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def verify_groups(len_bounds: Sequence[int], num_columns: int) -> list[slice]:
-    """Requests in as few runs of about equal number as fit the score buffer, each for a verify of its own.
+    """Requests in as few runs as fit the score buffer, each for a verify of its own.
 
     Lengths add up to more than the pool where requests share a prefix, which is there once and scored for each.
 
@@ -35,13 +34,13 @@ def verify_groups(len_bounds: Sequence[int], num_columns: int) -> list[slice]:
         len_bounds: tokens of each request, at least what is committed; one request always fits.
         num_columns: of the buffer, a token of a request each.
     """
-    num_reqs = len(len_bounds)
-    for num_groups in range(1, num_reqs + 1):
-        edges = [num_reqs * i // num_groups for i in range(num_groups + 1)]
-        groups = [slice(start, end) for start, end in pairwise(edges)]
-        if all(sum(len_bounds[group]) <= num_columns for group in groups):
-            return groups
-    return [slice(i, i + 1) for i in range(num_reqs)]
+    groups, start, total = [], 0, 0
+    for i, length in enumerate(len_bounds):
+        if i > start and total + length > num_columns:
+            groups.append(slice(start, i))
+            start, total = i, 0
+        total += length
+    return [*groups, slice(start, len(len_bounds))]
 
 
 class FusedPlan(NamedTuple):

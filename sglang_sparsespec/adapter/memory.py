@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_sparsespec.kv.offload import CHUNK_BYTES
 from sglang_sparsespec.ops._launch import num_multiprocessors
 from sglang_sparsespec.selection import SelectionPolicy
 from sglang_sparsespec.sparsity.block_lists import BlockRule
@@ -125,6 +126,8 @@ def round_shape(
         num_guesses=config.ngram_assist,
         is_unified=config.has_unified,
         sparse_list_len=0 if rule is None else rule.list_len(table_len, config.num_draft_tokens),
+        # a chunk on each of two queues
+        staging_bytes=2 * CHUNK_BYTES if config.host_memory_bytes > 0 else 0,
         num_kv_blocks=0 if rule is None else -(-table_len // rule.block_size),
         drops_channels=config.verify_ffn_threshold > 0,
         has_both_verifies=bool(config.verify_sparsity) and config.has_dense_verify,

@@ -20,7 +20,7 @@ from sglang_sparsespec.adapter.host_memory import AUTO, AUTO_POOLS
 from sglang_sparsespec.config import OPTION_PREFIX
 from sglang_sparsespec.errors import ConfigError, PinError
 from sglang_sparsespec.kv.ledger import Entry, OffloadLedger, Place
-from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, block_keys, to_host
+from sglang_sparsespec.kv.offload import BLOCK_TOKENS, HostPool, Mover, block_keys, pinned_copy
 from sglang_sparsespec.kv.policy import Seniority
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Moves:
         # the round in flight refreshes the selection; the one it leaves behind fits the length we go on from. Among
         # the rounds, so that slots need not wait for it, and the row's next owner comes later by itself
         with self._queues.rounds.entered():
-            selection = self._state.save(req, to_host)
+            selection = self._state.save(req, pinned_copy)
         self._state.forget(req)
         # SGLang drops results of requests that are marked so
         req.is_retracted = True

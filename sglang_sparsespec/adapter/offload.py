@@ -160,7 +160,8 @@ class Offloader:
                 index = order.settling.pop(0)
             elif order.fixed:
                 index = order.fixed.pop(0)
-                num_fixed += 1
+                # one that ends anyway is no refusal
+                num_fixed += not _is_ending(batch.reqs[index])
             else:
                 break
             keep.remove(index)
@@ -187,7 +188,8 @@ class Offloader:
                 "--schedule-conservativeness, so that fewer are admitted.",
                 num_fixed,
             )
-        if len(retracted) > num_fixed:
+        num_refused = sum(not _is_ending(req) for req in retracted) - num_fixed
+        if num_refused > 0:
             logger.log(
                 level,
                 "SPARSESPEC: host memory is full (%d requests, %.1f of %.1f GB); retracting %d request(s), which will "
@@ -195,7 +197,7 @@ class Offloader:
                 len(self._ledger),
                 self._moves.host.used_bytes / 1e9,
                 self._moves.host.num_bytes / 1e9,
-                len(retracted) - num_fixed,
+                num_refused,
             )
         reporter = scheduler.metrics_reporter
         reporter.num_retracted_reqs = len(retracted)

@@ -86,7 +86,8 @@ class OffloadMetrics:
         self.counts[f"copied_{direction}_bytes"] += transfer.num_bytes
         seconds = transfer.seconds()
         self.counts[f"copy_{direction}_seconds"] += seconds
-        if seconds > 0:
+        # what others with the same prefix have brought does not cross again
+        if seconds > 0 and transfer.num_bytes > 0:
             self._speed[direction] = transfer.num_bytes / seconds
 
     def stalled(self) -> None:

@@ -167,7 +167,12 @@ class SparseSpecWorker(BaseSpecWorker):
         self._kept: KeptDrafts | None = None
         self._round_ct = 0
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
-        self._steps = RoundSteps(self.config, self._identity(), ranks=self._host_ranks, cost=self._cost())
+        self._steps = RoundSteps(
+            self.config,
+            self._identity(),
+            ranks=self._host_ranks,
+            cost=self._cost() if self.config.schedule == "auto" else None,
+        )
         self._metrics.watch(lambda: self._steps.status, lambda: self._steps.schedule_status)
 
     # The round

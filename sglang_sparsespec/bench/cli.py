@@ -179,7 +179,7 @@ def build_request(args: argparse.Namespace, machine: Machine, out: Path) -> Requ
         no_model=no_model,
         shapes=tuple(shape_target(name, out / "models" / name, dtype) for name in shapes),
         shapes_given=tuple(args.shapes),
-        anchors={name: anchors_file(name, out / "models" / name) for name in shapes},
+        anchors={name: anchors_file(name, out / "models" / name) for name in shapes if args.set == "lossy"},
         tiny=tiny,
         eagle3_draft=args.eagle3_draft,
         spec_args=spec_args,

@@ -31,7 +31,7 @@ EAGER = {"quest": "eager: no CUDA graphs", "first-last": "eager verify by SGLang
 NGRAM_GUESSES = 2
 """Of a draft forward, in TriForce's hierarchy."""
 HOST_MEMORY_GB = 16
-OURS = ("triforce", "adaptive", "host-memory")
+OURS = ("triforce", "adaptive", "retract", "host-memory", "attention", "attention-anchors", "ffn", "moe")
 """Names of contenders below, besides the policies."""
 DEFAULT_SCHEDULE = SparseSpecConfig().schedule
 # those that our own verify serves, with selections made before the drafts (adapter/support.py); `auto` tries it too
@@ -110,6 +110,13 @@ def adaptive(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) ->
     return _ours("adaptive", "policy pillar in our engine, adaptive k", args + _where(machine), simulated)
 
 
+def retract(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
+    """SGLang retracts, and admits as boldly as with host memory."""
+    without = ("--sparsespec-host-memory-gb", "0", "--schedule-conservativeness", "0.1")
+    args = ("--speculative-algorithm", "SPARSESPEC", *without, *extra)
+    return _ours("retract", "policy pillar in our engine, SGLang's retraction", args + _where(machine), simulated)
+
+
 def host_memory(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
     """Requests that the pool has no room for wait with their KV in host memory."""
     args = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-host-memory-gb", str(HOST_MEMORY_GB), *extra)
@@ -120,8 +127,8 @@ def _where(machine: Machine) -> tuple[str, ...]:
     return ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
 
 
-def named(machine: Machine, text: str, simulated: float) -> Contender:
-    """A contender of the user's: `NAME=OPTIONS`, options of SPARSESPEC.
+def named(machine: Machine, text: str, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
+    """A contender of the user's: `NAME=OPTIONS`, options of SPARSESPEC, which count over `extra`.
 
     Raises:
         ConfigError: without a name.
@@ -131,11 +138,13 @@ def named(machine: Machine, text: str, simulated: float) -> Contender:
         raise ConfigError(
             "--contender", text, "NAME=OPTIONS", "For instance: --contender 'k4=--speculative-num-steps 4'"
         )
-    args = ("--speculative-algorithm", "SPARSESPEC", *shlex.split(options), *_where(machine))
+    args = ("--speculative-algorithm", "SPARSESPEC", *extra, *shlex.split(options), *_where(machine))
     return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
 
 
-def lossy(machine: Machine, shape: ModelShape, anchors: str, simulated: float) -> list[Contender]:
+def lossy(
+    machine: Machine, shape: ModelShape, anchors: str, simulated: float, extra: tuple[str, ...] = ()
+) -> list[Contender]:
     """What sparse verification can leave out of a model of this shape, mode by mode; L0 of 1K, so that contexts of 10K
     are mostly left out.
 
@@ -155,7 +164,7 @@ def lossy(machine: Machine, shape: ModelShape, anchors: str, simulated: float) -
     found = []
     for name, options in modes.items():
         args = ("--speculative-algorithm", "SPARSESPEC", ALLOW_LOSSY, "--sparsespec-verify-sparsity", *options)
-        args += ("--attention-backend", machine.backends[0]) if machine.has_gpu else NO_GPU_ARGS
+        args += (*extra, *_where(machine))
         label = f"sparse verification by {name.replace('-', ', ')} in our engine"
         if "anchors" in name:
             label += f" ({NOT_CALIBRATED})"

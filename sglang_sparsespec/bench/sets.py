@@ -159,7 +159,11 @@ def schedules(machine: Machine, request: Request) -> Plan:
         return _needs_gpu("schedules")
     length = request.accept_lengths["sparsespec"]
     ours = who.sparsespec(machine, ("pillar",), length, request.spec_args, SCHEDULES)
-    members = (who.plain(machine)[0][0], *ours, *(who.named(machine, text, length) for text in request.named))
+    members = (
+        who.plain(machine)[0][0],
+        *ours,
+        *(who.named(machine, text, length, request.spec_args) for text in request.named),
+    )
     jobs, skips = [], []
     if request.model is None:
         skips.append(Skip("real model", request.no_model))
@@ -248,19 +252,18 @@ def lossy(machine: Machine, request: Request) -> Plan:
     """What sparse verification gains where it could: long contexts, on shapes; its output is another matter."""
     if not machine.has_gpu:
         return _needs_gpu("lossy")
+    if machine.tp_size > 1:
+        return Plan((), (Skip("set lossy", "sparse verification is not served with --tp-size above 1"),))
     length = request.accept_lengths["sparsespec"]
-    jobs, skips = [], []
+    jobs = []
     for target in request.shapes:
-        if target.name not in LOSSY_SHAPES:
-            skips.append(Skip(target.name, f"set lossy measures {' and '.join(LOSSY_SHAPES)}"))
-            continue
-        anchors = who.lossy(machine, target.shape, request.anchors[target.name], length)
+        anchors = who.lossy(machine, target.shape, request.anchors[target.name], length, request.spec_args)
         # two fills of each batch: the cost model takes W and A from the line between them
         scenes = tuple(scene for batch in (32, 8) for scene in fills(target.name, machine, batch, parts=(1, 4)))
         # by itself, for what shapes leave out is not what a real model's weights would
         alone = dataclasses.replace(request, model=None)
         jobs.append(_job(alone, target, (*_pair(machine, request), *anchors), scenes))
-    return _fitting(machine, jobs, skips)
+    return _fitting(machine, jobs, [])
 
 
 SETS: dict[str, Callable[[Machine, Request], Plan]] = {
@@ -328,7 +331,7 @@ def _rivals(
         found += members
         skips += missing
     found += who.sparsespec(machine, policies, lengths["sparsespec"], request.spec_args, schedules)
-    found += [who.named(machine, text, lengths["sparsespec"]) for text in request.named]
+    found += [who.named(machine, text, lengths["sparsespec"], request.spec_args) for text in request.named]
     return tuple(found), skips
 
 
@@ -338,15 +341,18 @@ def _made(make: Callable[..., Contender], machine: Machine, request: Request) ->
 
 def _offload_members(machine: Machine, request: Request) -> tuple[Contender, ...]:
     """Plain, ours with SGLang's retraction, and ours with host memory."""
-    plain, ours, *_ = _pair(machine, dataclasses.replace(request, named=()))
-    return plain, ours, _made(who.host_memory, machine, request)
+    return who.plain(machine)[0][0], *(_made(make, machine, request) for make in (who.retract, who.host_memory))
 
 
 def _pair(machine: Machine, request: Request) -> tuple[Contender, ...]:
     """Plain on the backend that we run on, and ours."""
     length = request.accept_lengths["sparsespec"]
     ours = who.sparsespec(machine, ("pillar",), length, request.spec_args)
-    return (who.plain(machine)[0][0], *ours, *(who.named(machine, text, length) for text in request.named))
+    return (
+        who.plain(machine)[0][0],
+        *ours,
+        *(who.named(machine, text, length, request.spec_args) for text in request.named),
+    )
 
 
 def _job(request: Request, target: Target, members: tuple[Contender, ...], scenes: tuple[Scene, ...]) -> Job:
@@ -356,7 +362,7 @@ def _job(request: Request, target: Target, members: tuple[Contender, ...], scene
 
 
 def _needs_gpu(name: str) -> Plan:
-    return Plan((), (Skip(f"set {name}", f"{NO_GPU}; sets smoke, paper and vegas run on a CPU"),))
+    return Plan((), (Skip(f"set {name}", f"{NO_GPU}; sets {' and '.join((*CPU_SETS, *WORKLOADS))} run on a CPU"),))
 
 
 def _fitting(machine: Machine, jobs: list[Job], skips: list[Skip]) -> Plan:
@@ -411,7 +417,7 @@ def check(name: str, request: Request) -> None:
 
 WITH_EAGLE3 = ("core", "full", *WORKLOADS)
 # one shape each, or what a set's promise of server starts allows
-ONLY_SHAPES = {"core": ("qwen3-1.7b",)}
+ONLY_SHAPES = {"core": ("qwen3-1.7b",), "lossy": LOSSY_SHAPES}
 # set full alone has NGRAM on shapes
 SIMULATED = {
     "core": ("sparsespec",),

@@ -149,7 +149,7 @@ class HostPool:
         while start < end:
             index = start // size
             run = index + 1
-            while run < len(blocks) and blocks[run] == blocks[run - 1] + 1:
+            while run * size < start + most and run < len(blocks) and blocks[run] == blocks[run - 1] + 1:
                 run += 1
             stop = min(end, run * size, start + most)
             row = blocks[index] * size + start - index * size
@@ -287,7 +287,7 @@ def block_keys(token_ids: Sequence[int], extra_key: str | None, block_tokens: in
     return keys
 
 
-def to_host(tensor: Tensor) -> Tensor:
+def pinned_copy(tensor: Tensor) -> Tensor:
     """A host copy, made without waiting: from a CUDA device it is valid once the stream has got there."""
     if not tensor.is_cuda:
         return tensor.clone()

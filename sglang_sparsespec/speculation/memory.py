@@ -101,6 +101,8 @@ class RoundShape(NamedTuple):
     """Of a draft forward and request; 0: none."""
     sparse_list_len: int = 0
     """Places of what a KV head reads in a sparse verify; 0: verifies are dense."""
+    staging_bytes: int = 0
+    """Of KV on its way to host memory or back."""
     num_kv_blocks: int = 0
     """Blocks that a sparse verify scores in the longest context."""
     has_both_verifies: bool = False
@@ -185,7 +187,8 @@ def plan_memory(model: ModelShape, rounds: RoundShape, num_tokens: int) -> Memor
         round=(num_reqs + 1) * 4 * model.num_layers * num_lists * (budget + rounds.tail)
         + num_reqs * (8 * (4 + 3 * width) + 4 * 3)
         + _unified_bytes(rounds)
-        + _guess_bytes(rounds),
+        + _guess_bytes(rounds)
+        + rounds.staging_bytes,
         scores=_score_bytes(model, rounds, num_tokens),
         drafts=distributions if rounds.samples_drafts else 0,
         forward=_forward_bytes(model, rounds, captured_reqs, num_tokens),
@@ -375,7 +378,9 @@ def _accept_bytes(model: ModelShape, rounds: RoundShape) -> int:
     elements = min(rounds.max_reqs * request, max(CHUNK_ELEMENTS, request))
     num_ranks = min(MAX_TOP_K, model.vocab_size)
     floors = rounds.max_reqs * (4 * model.vocab_size + RANK_BYTES * rounds.width * num_ranks)
-    return 4 * rounds.max_reqs * request + max(ACCEPT_ELEMENT_BYTES * elements, floors)
+    # where a round verifies in groups, the logits of all stand beside the forward's own
+    gathered = rounds.logits_bytes if rounds.is_fused else 0
+    return (4 + gathered) * rounds.max_reqs * request + max(ACCEPT_ELEMENT_BYTES * elements, floors)
 
 
 def _layout_bytes(model: ModelShape, rounds: RoundShape) -> int:

@@ -388,14 +388,19 @@ def test_the_log_line_and_gauges_say_k_and_why(
     metrics = RoundMetrics(server_args(decode_log_interval=1), 8, is_reporting_rank=True, is_fused=True)
     gauges: dict[str, list[float]] = {}
     metrics._gauges = _Recorder(gauges)  # type: ignore[assignment]
+    metrics._reason_gauge = _Reasons(reasons := {})
     metrics.watch(lambda: Status(2, "the fastest by the cost model", 1.5, None))
     with caplog.at_level("INFO"):
         metrics.plan([100], [10])
         metrics.verified([1])
     assert "k 2 (the fastest by the cost model), over plain decoding 1.50 expected, unknown measured" in caplog.text
     assert gauges["num_steps"] == [2]
-    assert gauges["predicted_speedup"] == [1.5]
-    assert gauges["measured_speedup"] == [0.0]
+    assert reasons == {("k", "the fastest by the cost model"): 1}
+    metrics.watch(lambda: Status(0, "drafting does not pay", 0.9, None))
+    metrics.verified([1])
+    assert reasons == {("k", "the fastest by the cost model"): 0, ("k", "drafting does not pay"): 1}
+    assert gauges["predicted_speedup"] == [1.5, 0.9]
+    assert gauges["measured_speedup"] == [0.0, 0.0]
     metrics.watch(lambda: None)
     caplog.clear()
     with caplog.at_level("INFO"):
@@ -411,6 +416,16 @@ def test_the_log_line_and_gauges_say_k_and_why(
     assert "1.10 by the cost model, 0.90 measured" in caplog.text
     assert gauges["unified"] == [1]
     assert (gauges["predicted_unified_ratio"], gauges["measured_unified_ratio"]) == ([1.1], [0.9])
+
+
+class _Reasons:
+    """Stands in for the gauge whose value is its label."""
+
+    def __init__(self, values: dict[tuple[str, str], int]) -> None:
+        self._values = values
+
+    def labels(self, *, what: str, reason: str, **_: str) -> Any:
+        return SimpleNamespace(set=lambda value: self._values.__setitem__((what, reason), value))
 
 
 class _Recorder:

@@ -217,16 +217,13 @@ def test_a_round_of_short_contexts_is_verified_densely(
 
     worker: Any = SimpleNamespace(
         config=config,
-        device="cpu",
         _sparse_forwards={3: forward("sparse")},
         _verify_forwards={3: forward("dense")},
         _static=SimpleNamespace(set_chain=lambda *_: None),
-        _bound_verify=lambda _: None,
-        _policy=POLICIES["pillar"](config),
     )
     for is_sparse, expected in ((True, wanted), (False, "dense")):
-        plan: Any = SimpleNamespace(is_sparse=is_sparse, max_committed_len=longest, batch_size=2)
-        SparseSpecWorker._verify_fused(worker, None, plan, torch.zeros(2, 3))  # type: ignore[arg-type]
+        plan: Any = SimpleNamespace(is_sparse=is_sparse, max_committed_len=longest)
+        SparseSpecWorker._verify_static(worker, plan, torch.zeros(2, 3), 2)
         assert ran.pop() == expected
 
 

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.adapter
 
 VOCAB, K, MAX_REQS, CONTEXT = 50, 3, 12, 200
 WIDTH = K + 1
+NUM_COLUMNS = MAX_REQS * CONTEXT
 
 
 class Seen(NamedTuple):
@@ -173,6 +174,7 @@ class Engine:
             rows=torch.tensor([req.req_pool_idx for req in self.reqs], device=self.device),
             committed_lens=lens,
             max_committed_len=int(lens.max()),
+            len_bounds=lens.tolist(),
             batch_size=self.rounds.forward.padded(num_reqs),
             rule=SimpleNamespace(of=lambda reqs: None),
             penalised=None,
@@ -182,7 +184,7 @@ class Engine:
     def round(self, limits: list[int] | None = None) -> list[list[int]]:
         """Tokens that each request of the batch got."""
         batch, plan = self.batch_and_plan(limits)
-        assert self.rounds.takes(batch, plan)
+        assert self.rounds.takes(batch, plan, NUM_COLUMNS)
         self.seen.clear()
         self.laid_out.clear()
         acceptance, logits = self.rounds.run(batch, plan)
@@ -360,15 +362,29 @@ def test_what_the_schedule_does_not_take(engine: Callable[..., Engine]) -> None:
     host = engine()
     host.add("r", 1, 10)
     batch, plan = host.batch_and_plan()
-    assert host.rounds.takes(batch, plan)
+    assert host.rounds.takes(batch, plan, NUM_COLUMNS)
     batch.has_grammar = True
-    assert not host.rounds.takes(batch, plan)
+    assert not host.rounds.takes(batch, plan, NUM_COLUMNS)
     batch.has_grammar, plan.penalised = False, object()
-    assert not host.rounds.takes(batch, plan)
+    assert not host.rounds.takes(batch, plan, NUM_COLUMNS)
     plan.penalised, plan.steps = None, plan.steps._replace(num_steps=K - 1)
-    assert not host.rounds.takes(batch, plan)
+    assert not host.rounds.takes(batch, plan, NUM_COLUMNS)
     plan.steps, batch.sampling_info.logit_bias = plan.steps._replace(num_steps=K), torch.zeros(1)
-    assert not host.rounds.takes(batch, plan)
+    assert not host.rounds.takes(batch, plan, NUM_COLUMNS)
+
+
+def test_only_those_that_verify_together_need_to_fit(engine: Callable[..., Engine]) -> None:
+    """Requests that share a prefix have more tokens than the pool; rounds that fit must not be lost over that."""
+    host = engine()
+    num_reqs = 2 * (K + 1)
+    for row in range(1, num_reqs + 1):
+        host.add(f"r{row}", row, 10)
+    batch, plan = host.batch_and_plan()
+    together = load_of(plan.batch_size, K).verify_reqs
+    assert together < num_reqs
+    plan.len_bounds = [5] * (num_reqs - together) + [10] * together
+    assert host.rounds.takes(batch, plan, 10 * together)
+    assert not host.rounds.takes(batch, plan, 10 * together - 1)
 
 
 def test_sampled_drafts_keep_what_they_were_sampled_from(engine: Callable[..., Engine]) -> None:

@@ -57,9 +57,8 @@ def install(file: Path) -> None:
         noted = {req.rid: pair for req, pair in zip(batch.reqs, pairs, strict=True)}
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             with file.open("a") as out:
-                is_sparse = plan.is_sparse and self._can_fuse(plan)
                 verify = "".join(name for name in names if "verify" in name)
-                out.write(json.dumps({"is_sparse": is_sparse, "verify": verify, "requests": noted}) + "\n")
+                out.write(json.dumps({"is_sparse": plan.is_sparse, "verify": verify, "requests": noted}) + "\n")
         names.clear()
         return commit(self, batch, plan, logits, acceptance, *args)
 

@@ -299,7 +299,7 @@ def test_a_dead_server_ends_the_call(
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     script = load_script("bench/adaptive.py", monkeypatch)
-    facts = {name: "same" for name in ("machine", "driver", "python", "versions", "commit")}
+    facts = {name: "same" for name in ("machine", "driver", "python", "versions", "commit", "sources")}
     monkeypatch.setattr(script, "provenance", lambda: facts)
     return script
 

@@ -106,9 +106,10 @@ def test_full_has_what_is_switched_and_what_is_varied(h100: Machine, request_: R
     assert {scene.new_tokens for scene in cross.scenes} == {256, 1024, 4096}
     assert [c.name for c in small_pool.contenders] == [
         "plain/flashinfer",
-        "sparsespec/pillar",
+        "sparsespec/retract",
         "sparsespec/host-memory",
     ]
+    assert [c.option("--sparsespec-host-memory-gb") for c in small_pool.contenders] == [None, "0", "16"]
     [scene] = small_pool.scenes
     assert planner.pool_tokens(small_pool, h100) == pytest.approx(0.4 * 128 * (512 + 2048 + 64), rel=0.01)
     assert "pool for 40% of it" in str(scene)
@@ -260,7 +261,7 @@ def test_lossy_measures_long_contexts_in_pieces_of_nine_minutes(h100: Machine, r
     small = sets.lossy(h100, dataclasses.replace(request_, shapes=shapes, anchors=anchors))
     assert small.jobs[0].target.name == "qwen3-8b"
     assert len(small.jobs[0].scenes) == 4
-    assert "set lossy" in reasons(sets.lossy(h100, dataclasses.replace(request_, anchors=anchors)))["qwen3-1.7b"]
+    assert "--tp-size" in reasons(sets.lossy(dataclasses.replace(h100, tp_size=2), request_))["set lossy"]
     assert "needs a GPU" in reasons(sets.lossy(dataclasses.replace(h100, has_gpu=False), request_))["set lossy"]
 
 

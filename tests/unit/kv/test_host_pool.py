@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_sparsespec.errors import PinError
-from sglang_sparsespec.kv.offload import HostPool, Mover, block_keys, to_host
+from sglang_sparsespec.kv.offload import HostPool, Mover, block_keys, pinned_copy
 from sglang_sparsespec.kv.queues import device_queues
 
 NUM_SLOTS, BLOCK = 300, 16
@@ -242,10 +242,10 @@ def test_memory_that_cannot_be_pinned_names_size_and_code(monkeypatch: pytest.Mo
     assert cudart.registered == {}
 
 
-def test_to_host_is_a_copy() -> None:
+def test_pinned_copy_is_a_copy() -> None:
     """A view would change with the row that it was taken from."""
     row = torch.arange(4)
-    copy = to_host(row)
+    copy = pinned_copy(row)
     row.zero_()
     assert copy.tolist() == [0, 1, 2, 3]
 

@@ -132,7 +132,8 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     full = plan_memory(QWEN3_8B, rounds(128), 370_000)
     eager = plan_memory(QWEN3_8B, rounds(128, is_fused=False, batch_sizes=()), 370_000)
     assert (eager.scores, eager.forward, eager.graphs) == (0, 0, 0)
-    assert eager.moments >= full.moments
+    # a verify in groups keeps the logits of all; an eager one of all at once holds them among what it computes
+    assert full.moments <= eager.moments + 128 * 9 * 151936 * 2
     assert plan_memory(QWEN3_8B, rounds(128, samples_drafts=False), 370_000).drafts == 0
     assert plan_memory(QWEN3_8B, rounds(128, needs_scores=False), 370_000).scores == 0
     fewer = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4]), 370_000)
