@@ -77,9 +77,9 @@ FAULTY_SERVERS = {
 def faulty_server(
     request: pytest.FixtureRequest, tiny_model: Path, pressure_record: list[Exchange]
 ) -> Iterator[tuple[str, Server]]:
-    """Nine of ten allocations of host memory are refused; a copy takes four looks at it."""
+    """Three of four allocations of host memory are refused; a copy takes four looks at it."""
     options = [*OPTIONS.split(), *FAULTY_SERVERS[request.param].split()]
-    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.9,polls=4"}
+    env = {**TINY_ENV, **CHECKS, "SPARSESPEC_TEST_FAULTS": "seed=5,refuse=0.75,polls=4"}
     command = [sys.executable, "-m", "tests.support.faulty_offload"]
     with Server(tiny_model, *options, env=env, command=command, cwd=REPOSITORY) as server:
         yield request.param, server
@@ -185,14 +185,18 @@ def test_refused_moves_retract_and_nothing_else(
     """
     name, live = faulty_server
     exchanges = not_penalised(pressure_record)[:100]
-    outputs = pressure.send(live, payloads_for(name, exchanges), pressure.MAX_RUNNING)
-    assert_greedy_parity(exchanges, outputs)
-    assert_nothing_is_left(live)
-    refusals = metric(live, "offload_refusals_total")
-    assert refusals > 0
-    retractions = sum(output["meta_info"]["num_retractions"] for output in outputs)
-    assert retractions == refusals
-    assert metric(live, "offloads_total") > 0
+    retractions = 0
+    # how often the pool runs full depends on the machine
+    for _ in range(5):
+        outputs = pressure.send(live, payloads_for(name, exchanges), pressure.MAX_RUNNING)
+        assert_greedy_parity(exchanges, outputs)
+        assert_nothing_is_left(live)
+        retractions += sum(output["meta_info"]["num_retractions"] for output in outputs)
+        refusals, offloads = (metric(live, f"{what}_total") for what in ("offload_refusals", "offloads"))
+        assert retractions == refusals
+        if refusals > 0 and offloads > 0:
+            return
+    pytest.fail(f"{refusals} refusals and {offloads} moves: one of the two has not been tested")
 
 
 def test_aborts_while_host_memory_fails(faulty_server: tuple[str, Server], pressure_record: list[Exchange]) -> None:
