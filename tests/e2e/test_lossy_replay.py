@@ -36,12 +36,12 @@ OURS = (
 )
 SERVERS = {
     # some rounds are dense, k is another one every few rounds
-    "attention-ffn": "--sparsespec-verify-sparsity attention ffn --sparsespec-verify-ffn-threshold 0.02 "
+    "attention-ffn": "--sparsespec-verify-sparsity attention ffn --sparsespec-verify-ffn-threshold 0.05 "
     "--sparsespec-dense-verify-every 4 --sparsespec-adaptive --page-size 16 --chunked-prefill-size 64 "
     "--disable-overlap-schedule",
 }
 SETTINGS = {
-    "attention-ffn": Setting(num_steps=4, attention_ratio=0.3, dense_below=64, ffn_threshold=0.02),
+    "attention-ffn": Setting(num_steps=4, attention_ratio=0.3, dense_below=64, ffn_threshold=0.05),
 }
 START_S = 600
 # logits of two float32 implementations that say the same
@@ -118,7 +118,7 @@ def test_every_token_is_the_rule_s(watched: tuple[Server, Path], name: str, tiny
     changed += [{"ffn_threshold": 0.0}]
     for change in changed:
         other = worst_gaps(model, replace(setting, **change), sent[6:], outputs[6:], folder / "rounds")
-        assert max(other) > 10 * NEAR_TIE, change
+        assert max(other) > 5 * NEAR_TIE, change
     if "adaptive" in SERVERS[name]:
         assert set(random_steps.chosen(folder / "steps")) == set(range(5))
     server.idle_check()
