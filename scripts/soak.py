@@ -2,6 +2,7 @@
 
     python scripts/soak.py --minutes 30                  # a tiny random model, made on the fly; loopback only
     python scripts/soak.py --minutes 30 --model PATH --server-arg=--max-total-tokens=20000
+    python scripts/soak.py --minutes 30 --plain          # SGLang without SPARSESPEC: what it grows by itself
 
 Requests of random lengths, streams, aborts and clients that go away, `--rate` a second. Every answer must have the
 length asked for and agree with other answers to the same prompt. Samples the resident memory of all server processes.
@@ -37,9 +38,9 @@ from tests.support.server import Server  # noqa: E402
 NUM_PROMPTS, MAX_PROMPT, MAX_OUTPUT = 40, 160, 120
 CLIENTS = 128
 SERVER = (
-    "--speculative-algorithm SPARSESPEC --sparsespec-host-memory-gb 0.2 --enable-metrics --max-running-requests 24 "
-    "--max-total-tokens 1024 --sparsespec-min-budget 32 --decode-log-interval 40 --skip-server-warmup"
+    "--enable-metrics --max-running-requests 24 --max-total-tokens 1024 --decode-log-interval 40 --skip-server-warmup"
 )
+OURS = "--speculative-algorithm SPARSESPEC --sparsespec-host-memory-gb 0.2 --sparsespec-min-budget 32"
 ENV = {
     "OMP_NUM_THREADS": "1",
     # SGLang's own checks of its pool, after every iteration and slot by slot: a leak ends the server
@@ -163,6 +164,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", type=float, default=4, help="requests a second")
     parser.add_argument("--model", type=Path, help="default: a tiny random one")
+    parser.add_argument("--plain", action="store_true", help="SGLang without SPARSESPEC, for comparison")
     parser.add_argument("--server-arg", action="append", default=[], help="wins over the defaults; repeat")
     parser.add_argument("--growth", type=float, default=0.02, help="of resident memory, that is tolerated")
     parser.add_argument("--seed", type=int, default=0)
@@ -173,7 +175,8 @@ def main() -> int:
             from sglang_sparsespec.model_tools.tiny import write_tiny_model
 
             args.model = write_tiny_model(Path(folder) / "tiny", context=1024)
-        with Server(args.model, *SERVER.split(), *args.server_arg, env=ENV) as server:
+        options = SERVER.split() if args.plain else [*OURS.split(), *SERVER.split()]
+        with Server(args.model, *options, *args.server_arg, env=ENV) as server:
             traffic, samples = soak(server, args.minutes, args.rate, args.seed)
             try:
                 server.idle_check(timeout_s=120)
