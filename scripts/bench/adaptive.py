@@ -40,7 +40,7 @@ from study_cells import cells_table, run_cells, wanted_cells
 from study_client import FAILURES, PlainServer, Study
 from study_load import WHAT as LOAD
 from study_load import load_of, load_verdict, loads_table, plot_loads, run_loads
-from study_server import CONTROL, PLAIN
+from study_server import COMMAND, CONTROL, PLAIN
 
 from sglang_sparsespec.bench.cells import Target
 from sglang_sparsespec.bench.measure import PromptSource
@@ -49,7 +49,6 @@ from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.server import Server, has_gpu
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 
-STUDY_SERVER = [sys.executable, str(Path(__file__).resolve().parent / "study_server.py")]
 MET, MISSED, TIME_IS_UP = 0, 1, 3
 # what SGLang sets aside for the rest of each request before it admits another: requests of a study are told to say far
 # more than they will, and are aborted
@@ -123,7 +122,7 @@ def start(
     env: dict[str, str | None] = {**dict.fromkeys(SIMULATION), **ADMISSION}
     # each takes its part of what is free when it starts
     fractions = ("0.4", "0.8") if has_gpu() else ("0.5", "0.5")
-    common: dict[str, Any] = {"command": STUDY_SERVER, "timeout_s": 600}
+    common: dict[str, Any] = {"command": COMMAND, "timeout_s": 600}
     plain_args = [*server_args(args), "--mem-fraction-static", fractions[0]]
     ours = [*server_args(args), *spec_args(args), "--mem-fraction-static", fractions[1]]
     # one after the other: each sizes its pool by what is free

@@ -331,9 +331,6 @@ def sparse_verify_cases(shape: Shape, batch: int, length: int, device: str) -> I
     q = torch.randn(batch, NUM_DRAFT_TOKENS, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
     scores = torch.empty(shape.num_kv_heads, batch * length, device=device)
     layers: list[Any] = [SimpleNamespace(layer_id=i, scaling=pool.scale, logit_cap=0.0) for i in range(2)]
-    blocks = block_scores(
-        q[:, 0], pool.k, pool.req_to_token, pool.rows, pool.lens, block_size=rule.block_size, max_len=max_len
-    )
     kept = int(num_kept_blocks(torch.tensor([length]), **rule._asdict()))
     read_bytes = pool.kv_bytes * kept * rule.block_size // max_len
 
@@ -341,6 +338,8 @@ def sparse_verify_cases(shape: Shape, batch: int, length: int, device: str) -> I
         return block_scores(
             q[:, 0], pool.k, pool.req_to_token, pool.rows, pool.lens, block_size=rule.block_size, max_len=max_len
         )
+
+    blocks = score()
 
     def choose() -> Any:
         return list_positions(

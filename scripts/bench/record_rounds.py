@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from study_client import Study
-from study_server import CONTROL
+from study_server import COMMAND, CONTROL
 
 from sglang_sparsespec.bench.cells import Scene, Target
 from sglang_sparsespec.bench.measure import PromptSource
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from study_rounds import RoundLine
 
 BURST = 5
-STUDY_SERVER = [sys.executable, str(Path(__file__).resolve().parent / "study_server.py")]
 
 
 def arguments() -> argparse.Namespace:
@@ -74,7 +73,7 @@ def main() -> int:
         control = Path(folder) / "control.json"
         control.write_text("{}")
         env: dict[str, str | None] = {**dict.fromkeys(SIMULATION), CONTROL: str(control)}
-        with Server(args.model, *options, env=env, command=STUDY_SERVER, timeout_s=600) as server:
+        with Server(args.model, *options, env=env, command=COMMAND, timeout_s=600) as server:
             study = Study(server, control)
             for scene in args.scenes:
                 batch, context = map(int, scene.split("x"))

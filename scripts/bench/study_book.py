@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,12 @@ class Book:
         self._records[line["key"]] = line
         if self._path is not None:
             append_record(self._path, line)
+
+    def note_failure(self, thing: Mapping[str, Any], error: BaseException) -> None:
+        """Keep and say why something could not be measured; it is tried again by the next call."""
+        reason = str(error)[:2000]
+        self.note("failure", thing, {"reason": reason})
+        print(f"failed: {dict(thing)}: {reason}", file=sys.stderr, flush=True)
 
     def of(self, kind: str, what: str) -> list[Record]:
         """Records of this context whose thing has this `what`."""

@@ -286,8 +286,7 @@ def run_cells(
             book.note("result", cell, study_cell(study, plain, load, choices, args.plain_tokens))
             print(describe(book.of("result", WHAT)[-1]), file=sys.stderr, flush=True)
         except (*FAILURES, RequestsEndedError) as error:
-            book.note("failure", cell, {"reason": str(error)[:2000]})
-            print(f"failed: {cell}: {str(error)[:2000]}", file=sys.stderr, flush=True)
+            book.note_failure(cell, error)
             for watched in (plain, study):
                 watched.require_alive()
     return True

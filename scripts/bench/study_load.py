@@ -178,8 +178,7 @@ def run_loads(
             shown = {key: value for key, value in book.of("result", WHAT)[-1].items() if key in ("who", "tokens_per_s")}
             print(json.dumps(shown), file=sys.stderr, flush=True)
         except FAILURES as error:
-            book.note("failure", thing, {"reason": str(error)[:2000]})
-            print(f"failed: {who}: {str(error)[:2000]}", file=sys.stderr, flush=True)
+            book.note_failure(thing, error)
             watched.require_alive()
     return True
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from typing import Any
 import torch
 from hooked_server import before_worker_runs
 
+COMMAND = [sys.executable, str(Path(__file__).resolve())]
+"""What starts such a server."""
 CONTROL = "SPARSESPEC_STUDY"
 PLAIN = "SPARSESPEC_STUDY_PLAIN"
 PLAIN_LABEL = "plain"

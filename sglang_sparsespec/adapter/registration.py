@@ -63,7 +63,6 @@ class SparseSpecAlgorithm(CustomSpecAlgo):
 
     def handle_server_args(self, server_args: ServerArgs) -> None:
         check_host()
-        patches.apply(patches.LEDGER, "sparsespec")
         arguments.resolve(server_args)
         prepare_parent(server_args.sparsespec_config)
 

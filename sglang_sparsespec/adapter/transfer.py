@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sglang_sparsespec.kv.offload import pinned_copy
+
 
 def to_device(host: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A copy of `host` on `device`; from pinned memory, so that it does not wait for what runs there."""
@@ -32,10 +34,9 @@ class ToHost(NamedTuple):
 
 def to_host(tensor: torch.Tensor) -> ToHost:
     """A copy of a tensor of integers, in stream order, into pinned memory."""
+    host = pinned_copy(tensor)
     if not tensor.is_cuda:
-        return ToHost(tensor.clone(), None)
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
+        return ToHost(host, None)
     event = torch.cuda.Event()
     event.record()
     return ToHost(host, event)

@@ -12,7 +12,6 @@ relative to that. extra: sampling, top-k and whatever else comes once a round.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -113,7 +112,13 @@ def sparse_verify_share(
     """
     if context <= dense_below:
         return 1.0
-    blocks = max(2, math.ceil(((context - dense_below) * ratio + dense_below) / block_size))
+    # imported where it is used: plans of lossless sets do without torch
+    import torch
+
+    from sglang_sparsespec.sparsity.attention import num_kept_blocks
+
+    lengths = torch.tensor([round(context)])
+    blocks = int(num_kept_blocks(lengths, ratio=ratio, dense_below=dense_below, block_size=block_size))
     return min(1.0, blocks * block_size / context) + 0.5 * anchor_share
 
 

@@ -26,8 +26,24 @@ _REFIT_EVERY = 4
 _LEAST_TERM = 0.05
 # a first guess: a draft costs this share of a plain decode, and half of a decode is KV
 _GUESSED_STEP, _GUESSED_KV = 0.6, 0.5
-# a time this far from the expected one does not count until it has come so often in a row: a pause, not a change
-_OUTLIER, _OUTLIERS = 1.5, 3
+
+
+class Pauses:
+    """Tells rounds that something else held up from rounds that take another time from now on.
+
+    A time this far from the expected one does not count until it has come so often in a row.
+    """
+
+    FAR = 1.5
+    MOST = 3
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def is_one(self, ratio: float) -> bool:
+        """Note a round's time over the expected one."""
+        self.in_a_row = 0 if 1 / self.FAR < ratio < self.FAR else self.in_a_row + 1
+        return 0 < self.in_a_row < self.MOST
 
 
 @dataclass
@@ -72,7 +88,7 @@ class RoundTimes:
         self._cost: GatheredCost | None = None
         self._since_fit = 0
         self._last: dict[int, int] = {}
-        self._outliers = 0
+        self._pauses = Pauses()
 
     def age(self, num_steps: int, now: int) -> float:
         """Rounds since this k was measured here; infinite if never."""
@@ -81,10 +97,9 @@ class RoundTimes:
     def add(self, num_steps: int, pool_tokens: float, round_ms: float, now: int) -> bool:
         """Note a round, unless something else must have taken that long; `now` counts rounds."""
         seen = self.steps.get(num_steps)
-        if seen is not None and seen.weight > _OUTLIERS:
+        if seen is not None and seen.weight > Pauses.MOST:
             ratio = round_ms / self.round_ms(num_steps, pool_tokens)
-            self._outliers = self._outliers + 1 if not 1 / _OUTLIER < ratio < _OUTLIER else 0
-            if 0 < self._outliers < _OUTLIERS:
+            if self._pauses.is_one(ratio):
                 return False
         if self._prior is None:
             self._prior = guess(num_steps, pool_tokens, round_ms)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sglang_sparsespec.speculation.round_times import Pauses
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -22,8 +24,6 @@ NEIGHBOUR = 0.25
 _RIDGE = 0.0225
 # rounds between two fits once a batch has its square of them
 _REFIT_EVERY = 4
-# a time this far from the expected one does not count until it has come so often in a row: a pause, not a change
-_OUTLIER, _OUTLIERS = 1.5, 3
 
 
 class _Sums:
@@ -33,7 +33,7 @@ class _Sums:
         self.squares = np.zeros((num_terms, num_terms))
         self.shares = np.zeros(num_terms)
         self.weight = 0.0
-        self.outliers = 0
+        self.pauses = Pauses()
 
 
 class ScheduleTimes:
@@ -58,12 +58,11 @@ class ScheduleTimes:
     def add(self, bucket: int, terms: Sequence[float], round_ms: float, now: int) -> bool:
         """Note a round, unless something else must have taken that long; `now` counts rounds."""
         sums = self._buckets.get(bucket)
-        if sums is not None and sums.weight > _OUTLIERS:
+        if sums is not None and sums.weight > Pauses.MOST:
             ratio = round_ms / self.expect(bucket, terms)
-            sums.outliers = sums.outliers + 1 if not 1 / _OUTLIER < ratio < _OUTLIER else 0
-            if 0 < sums.outliers < _OUTLIERS:
+            if sums.pauses.is_one(ratio):
                 return False
-            if sums.outliers:
+            if sums.pauses.in_a_row:
                 # not a pause: what was known of this batch holds no longer
                 sums = None
         if sums is None:

@@ -19,6 +19,9 @@ from typing import Any
 
 import torch
 
+from tests.support.scripts import load_helper
+
+before_worker_runs = load_helper("bench/hooked_server.py").before_worker_runs
 SETTINGS = "SPARSESPEC_TEST_STEPS"
 FILE = "SPARSESPEC_TEST_STEPS_FILE"
 
@@ -87,18 +90,7 @@ def overwrite_logits() -> None:
 
 
 def install_late(settings: str, file: Path) -> None:
-    """SGLang loads plugins before it asks for the worker; importing the adapter here would be too early for that."""
-    from sglang.srt.speculative import spec_registry
-
-    create = spec_registry.CustomSpecAlgo.create_worker
-
-    def create_and_install(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = create(self, *args, **kwargs)
-        spec_registry.CustomSpecAlgo.create_worker = create
-        install(settings, file)
-        return made
-
-    spec_registry.CustomSpecAlgo.create_worker = create_and_install
+    before_worker_runs(lambda: install(settings, file))
 
 
 if __name__ in ("__main__", "__mp_main__") and SETTINGS in os.environ:

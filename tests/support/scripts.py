@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     import pytest
@@ -15,16 +16,27 @@ if TYPE_CHECKING:
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
+def load_helper(path: str) -> ModuleType:
+    """`scripts/<path>`, which imports nothing that lies beside it."""
+    module, run = _found(path)
+    run(module)
+    return module
+
+
 def load_script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """`scripts/<path>`, with its folder importable as when it runs; until the test ends."""
+    module, run = _found(path)
+    monkeypatch.setattr(sys, "path", [str((SCRIPTS / path).parent), *sys.path])
+    # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    run(module)
+    return module
+
+
+def _found(path: str) -> tuple[ModuleType, Callable[[ModuleType], None]]:
+    """A module that has not run yet, and what runs it."""
     file = SCRIPTS / path
-    name = f"script_{file.stem}"
-    monkeypatch.setattr(sys, "path", [str(file.parent), *sys.path])
-    spec = importlib.util.spec_from_file_location(name, file)
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.util.module_from_spec(spec), spec.loader.exec_module

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.support import faulty_offload, random_steps
+from tests.support.random_steps import before_worker_runs
 
 FOLDER = "SPARSESPEC_TEST_RANKS"
 
@@ -76,24 +77,9 @@ def install(folder: Path) -> None:
     ranks.agree = agree_and_count  # type: ignore[method-assign]
 
 
-def install_late(folder: Path) -> None:
-    """SGLang loads plugins before it asks for the worker; importing the worker here would be too early for that."""
-    from sglang.srt.speculative import spec_registry
-
-    create = spec_registry.CustomSpecAlgo.create_worker
-
-    def create_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = create(self, *args, **kwargs)
-        spec_registry.CustomSpecAlgo.create_worker = create
-        install(folder)
-        return made
-
-    spec_registry.CustomSpecAlgo.create_worker = create_watched
-
-
 if __name__ in ("__main__", "__mp_main__"):
     if FOLDER in os.environ:
-        install_late(Path(os.environ[FOLDER]))
+        before_worker_runs(lambda: install(Path(os.environ[FOLDER])))
     if faulty_offload.SETTINGS in os.environ:
         faulty_offload.install(os.environ[faulty_offload.SETTINGS])
     if random_steps.SETTINGS in os.environ:

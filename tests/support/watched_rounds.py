@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.support import random_steps
+from tests.support.random_steps import before_worker_runs
 
 FILE = "SPARSESPEC_TEST_ROUNDS"
 
@@ -66,24 +67,9 @@ def install(file: Path) -> None:
     PaddedForward.__call__ = run_and_note  # type: ignore[method-assign]
 
 
-def install_late(file: Path) -> None:
-    """SGLang loads plugins before it asks for the worker; importing the worker here would be too early for that."""
-    from sglang.srt.speculative import spec_registry
-
-    create = spec_registry.CustomSpecAlgo.create_worker
-
-    def create_watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = create(self, *args, **kwargs)
-        spec_registry.CustomSpecAlgo.create_worker = create
-        install(file)
-        return made
-
-    spec_registry.CustomSpecAlgo.create_worker = create_watched
-
-
 if __name__ in ("__main__", "__mp_main__"):
     if FILE in os.environ:
-        install_late(Path(os.environ[FILE]))
+        before_worker_runs(lambda: install(Path(os.environ[FILE])))
     if random_steps.SETTINGS in os.environ:
         random_steps.install_late(os.environ[random_steps.SETTINGS], Path(os.environ[random_steps.FILE]))
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sglang_sparsespec.speculation.cost_model import ROOFLINES, RoundCost, ServerCost, steps_of_batch, verify_ms
-from sglang_sparsespec.speculation.memory import ModelShape
+from tests.support.model_shapes import QWEN3_8B
 
 COST = RoundCost(weights_ms=2.0, attention_ms=10.0, gather_efficiency=0.5, capture_share=0.2, overhead_ms=0.5)
 
@@ -78,30 +78,20 @@ def test_steps_of_a_batch_are_those_of_its_last_request(batch: int) -> None:
 
 def test_server_cost_from_shapes() -> None:
     """Weights of the embedding read in every forward, or experts that nobody visits multiplied: by hand, Qwen3-8B."""
-    shape = ModelShape(
-        num_layers=36,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_q_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        vocab_size=151936,
-        dtype_bytes=2,
-    )
     card = ROOFLINES["H100"]
-    cost = ServerCost.of(shape, card, budget_ratio=0.05, min_budget=192)
+    cost = ServerCost.of(QWEN3_8B, card, budget_ratio=0.05, min_budget=192)
     params = 36 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 12288) + 151936 * 4096
     assert cost.weights_ms == pytest.approx(1e3 * params * 2 / 3.0e12)
     assert cost.row_ms == pytest.approx(1e3 * 2 * params / 6.9e14)
     assert cost.kv_ms == pytest.approx(1e3 * 2 * 36 * 8 * 128 * 2 / 3.0e12)
-    experts = shape._replace(experts=64, experts_per_token=4, expert_size=768)
+    experts = QWEN3_8B._replace(experts=64, experts_per_token=4, expert_size=768)
     mixture = ServerCost.of(experts, card, budget_ratio=0.05, min_budget=192)
     expert = 36 * 3 * 4096 * 768
     rest = params - 36 * 3 * 4096 * 12288
     assert mixture.weights_ms / cost.weights_ms == pytest.approx((rest + 64 * expert) / params)
     assert mixture.row_ms / cost.row_ms == pytest.approx((rest + 4 * expert) / params)
     # half of the heads, and of the head's rows
-    rank = shape._replace(intermediate_size=6144, num_q_heads=16, num_kv_heads=4, num_ranks=2)
+    rank = QWEN3_8B._replace(intermediate_size=6144, num_q_heads=16, num_kv_heads=4, num_ranks=2)
     assert ServerCost.of(rank, card, budget_ratio=0.05, min_budget=192).weights_ms == pytest.approx(cost.weights_ms / 2)
 
 

@@ -12,19 +12,9 @@ from sglang_sparsespec.ops import _launch
 from sglang_sparsespec.selection.store import SelectionStore
 from sglang_sparsespec.speculation import memory
 from sglang_sparsespec.speculation.budget import max_budget
-from sglang_sparsespec.speculation.memory import GIB, MemoryPlan, ModelShape, RoundShape, fit_pool, plan_memory
+from sglang_sparsespec.speculation.memory import GIB, MemoryPlan, RoundShape, fit_pool, plan_memory
+from tests.support.model_shapes import QWEN3_8B
 
-# 36 layers, 8 KV heads of 128, bf16
-QWEN3_8B = ModelShape(
-    num_layers=36,
-    hidden_size=4096,
-    intermediate_size=12288,
-    num_q_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=151936,
-    dtype_bytes=2,
-)
 KV_BYTES = 36 * 8 * (128 + 128) * 2
 # SGLang's own for a speculative algorithm, up to 128
 CAPTURED = (*range(1, 9), *range(10, 33, 2), *range(40, 65, 4), *range(72, 129, 8))
