@@ -51,12 +51,15 @@ class Recording:
     def best(self) -> int:
         return max(self.choices, key=self.speed)
 
-    def replay(self, controller: Controller, num_rounds: int) -> Counter[int]:
+    def replay(self, controller: Controller, num_rounds: int, start: int = 0) -> Counter[int]:
         """Let it choose so many rounds, each of which goes as the next recorded one of that k; k over rounds.
 
         Results arrive a round late, as under the overlap scheduler.
+
+        Args:
+            start: recorded round of each k that comes first.
         """
-        at: Counter[int] = Counter()
+        at = Counter(dict.fromkeys(self.choices, start))
         chosen_steps: Counter[int] = Counter()
         late: deque[tuple[Round, list[int], float | None]] = deque()
         pool = self.rounds[0].pool_tokens
