@@ -46,7 +46,8 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
     What it decides depends on the machine, so that it decides at all is what is checked.
     """
     exchanges = parity_record.base * 2
-    assert_greedy_parity(exchanges, concurrently(server, [e.payload for e in exchanges], stagger_s=0.05))
+    first = concurrently(server, [e.payload for e in exchanges], stagger_s=0.05)
+    assert_greedy_parity(exchanges, first)
     # enough rounds without a prefill in between
     long = [greedy(workload.random_ids(100 + i, seed=900 + i), 300) for i in range(4)]
     outputs = concurrently(server, long)
@@ -72,8 +73,8 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
     assert list(reasons.values()).count("1.0") == 1, reasons
     assert set(reasons) <= {"nothing measured yet", "the fastest by the cost model", "drafting does not pay"}
     assert "over plain decoding" in server.log_text()
-    # plain decoding was looked at, and drafts were made
-    used = [output["meta_info"]["spec_correct_drafts_histogram"] for output in outputs]
+    # drafts were made, if only until it found that they do not pay
+    used = [output["meta_info"]["spec_correct_drafts_histogram"] for output in [*first, *outputs]]
     assert any(sum(histogram[1:]) for histogram in used)
     if profile.exists():  # written every minute
         assert json.loads(profile.read_text())["identity"]["num_steps"] == "6"

@@ -115,6 +115,7 @@ def test_greedy_parity(server: Server, reference: list[Exchange]) -> None:
     """Tokens of a verify, or padding, that reach another token's experts; alone, then together, cold and warm."""
     alone = [server.generate(exchange.payload) for exchange in reference[1::2]]
     assert_greedy_parity(reference[1::2], alone)
+    server.idle_check()
     server.flush_cache()
     for _ in range(2):
         assert_greedy_parity(reference, concurrently(server, [exchange.payload for exchange in reference]))

@@ -282,8 +282,10 @@ def test_bad_drafts_are_rejected(server: Server, name: str) -> None:
     """If `random` with a budget of 1 drafted well, the tests above would have run no rejection."""
     if "random" not in name:
         pytest.skip("these drafts are meant to be good")
-    output = server.generate(greedy(workload.random_ids(500, seed=4), 40))
-    assert output["meta_info"]["spec_accept_length"] < 1.3
+    # what is selected is another thing in every run: of a single request the length passes the bound once in 25 runs
+    outputs = server.generate(batch([greedy(workload.random_ids(500, seed=i), 40) for i in range(16)]))
+    rounds = sum(output["meta_info"]["spec_verify_ct"] for output in outputs)
+    assert sum(output["meta_info"]["completion_tokens"] for output in outputs) / rounds < 1.3
 
 
 def test_drafts_without_channels_are_not_the_models(server: Server, name: str) -> None:

@@ -87,6 +87,7 @@ def test_smollm2_greedy_parity_and_accept_length(
 ) -> None:
     """Errors that random weights hide (rope, many layers, real attention), and drafts that stopped being useful."""
     assert_greedy_parity(record, alone)
+    server.idle_check()
     server.flush_cache()
     assert_greedy_parity(record, concurrently(server, [e.payload for e in record]))
     server.idle_check()

@@ -20,13 +20,18 @@ def test_nothing_is_lost_and_memory_stays_flat(tmp_path: Path) -> None:
     Memory may grow by more than in a long run: buffers are still finding their size.
     """
     output = tmp_path / "soak.json"
-    command = [sys.executable, "scripts/soak.py", "--minutes", "3", "--growth", "0.05", "--output", str(output)]
-    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
-    assert report.returncode == 0, report.stdout[-3000:] + report.stderr[-3000:]
-    result = json.loads(output.read_text())
-    assert result["failures"] == []
-    assert min(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect")) > 0
-    answered = sum(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect"))
-    assert answered == result["requests"]["sent"]
-    assert result["metrics"]["offloads_total"] > 0
-    assert result["metrics"]["offload_refusals_total"] == 0
+    options = ["--minutes", "3", "--growth", "0.05", "--output", str(output)]
+    # a fast machine has too few at a time to fill the pool
+    for rate in ("4", "16", "64"):
+        command = [sys.executable, "scripts/soak.py", "--rate", rate, *options]
+        report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+        assert report.returncode == 0, report.stdout[-3000:] + report.stderr[-3000:]
+        result = json.loads(output.read_text())
+        assert result["failures"] == []
+        assert min(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect")) > 0
+        answered = sum(result["requests"][kind] for kind in ("answer", "stream", "abort", "disconnect"))
+        assert answered == result["requests"]["sent"]
+        assert result["metrics"]["offload_refusals_total"] == 0
+        if result["metrics"]["offloads_total"] > 0:
+            return
+    pytest.fail("nobody left for host memory")

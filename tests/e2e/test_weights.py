@@ -36,8 +36,11 @@ def main():
 
     try:
         before = run()
+        # an update that meets the scheduler before it has noticed the end of the request ends SGLang
+        engine.get_server_info()
         engine.update_weights_from_tensor([(name, -3 * weight)])
         changed = run()
+        engine.get_server_info()
         engine.update_weights_from_tensor([(name, weight)])
         after = run()
     finally:

@@ -421,9 +421,7 @@ def test_the_client_keeps_the_target_in_flight(load: ModuleType) -> None:
 
     from aiohttp import web
 
-    inside: list[int] = []
-
-    async def main() -> list:
+    async def main(slowness: float, inside: list[int]) -> list:
         now = 0
 
         async def generate(request: web.Request) -> web.Response:
@@ -431,7 +429,7 @@ def test_the_client_keeps_the_target_in_flight(load: ModuleType) -> None:
             now += 1
             inside.append(now)
             tokens = (await request.json())["sampling_params"]["max_new_tokens"]
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02 * slowness)
             now -= 1
             return web.json_response({"meta_info": {"completion_tokens": tokens}})
 
@@ -443,14 +441,20 @@ def test_the_client_keeps_the_target_in_flight(load: ModuleType) -> None:
         await site.start()
         port = runner.addresses[0][1]
         try:
-            return await load._drive(f"http://127.0.0.1:{port}", [[1] * 500], load.TINY_SIZES, 12, 1.0)
+            return await load._drive(f"http://127.0.0.1:{port}", [[1] * 500], load.TINY_SIZES, 12, slowness)
         finally:
             await runner.cleanup()
 
-    answers = asyncio.run(main())
-    assert max(inside) == 12
-    assert len(answers) == len(inside) > 60
-    assert all(16 <= answer.tokens <= 48 for answer in answers)
+    # a busy machine may sleep through the moment of the peak, a twentieth of the time
+    for slowness in (1.0, 4.0, 16.0):
+        inside: list[int] = []
+        answers = asyncio.run(main(slowness, inside))
+        assert max(inside) <= 12
+        assert len(answers) == len(inside)
+        assert all(16 <= answer.tokens <= 48 for answer in answers)
+        if max(inside) == 12 and len(inside) > 60:
+            return
+    pytest.fail(f"at most {max(inside)} of {len(inside)} in flight")
 
 
 def test_what_ran_stands_in_its_second(load: ModuleType, rounds_of: ModuleType) -> None:
