@@ -24,6 +24,8 @@ _RIDGE = 2e-3
 _REFIT_EVERY = 4
 # of a mean round, what a term of a prior counts for at least
 _LEAST_TERM = 0.05
+# of the quickest k's mean round, the least that a round takes whatever it does: noise can fit all of it to the drafts
+_LEAST_FIXED = 0.01
 # a first guess: a draft costs this share of a plain decode, and half of a decode is KV
 _GUESSED_STEP, _GUESSED_KV = 0.6, 0.5
 
@@ -210,4 +212,5 @@ def fit(steps: dict[int, StepTimes], prior: GatheredCost) -> GatheredCost:
         right += importance * np.kron([seen.time, seen.time_pool], [1, k]) * scale
     terms = np.maximum(np.linalg.solve(left, right), 0.0) * scale
     fixed, step, kv, step_kv = map(float, terms)
+    fixed = max(fixed, _LEAST_FIXED * min((seen.mean_ms for seen in steps.values()), default=0.0))
     return GatheredCost(fixed_ms=fixed, step_ms=step, kv_ms=kv, step_kv_ms=step_kv)

@@ -83,6 +83,26 @@ def test_a_k_that_deviates_from_the_formula_keeps_its_own_time() -> None:
     assert times.round_ms(8, 100_000) == pytest.approx(TRUE.round_ms(8, 100_000), rel=0.02)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_noise_never_makes_a_round_free(seed: int) -> None:
+    """A plain round of 0 ms: the controller divides by it, and the scheduler ends."""
+    rng = random.Random(seed)
+    times = RoundTimes(GatheredCost(fixed_ms=20.0, step_ms=5.0, kv_ms=0.0, step_kv_ms=0.002))
+    for now in range(300):
+        k, pool = rng.choice([0, 1, 6]), rng.randrange(2_000, 4_000)
+        times.add(k, pool, 20.0 * rng.lognormvariate(0.0, 1.5), now)
+        assert times.cost is not None
+        assert all(times.round_ms(steps, at) > 0 for steps in (0, 1, 6) for at in (0, 3_500))
+
+
+def test_all_the_time_fitted_to_drafts() -> None:
+    """As above, from six rounds that a busy machine made."""
+    times = RoundTimes(GatheredCost(fixed_ms=21.37, step_ms=4.6, kv_ms=0.0, step_kv_ms=0.00206))
+    for now, (k, pool, took) in enumerate([(6, 2_500, 302.5)] * 2 + [(1, 3_500, 17.2)] * 3):
+        times.add(k, pool, took, now)
+    assert times.round_ms(0, 3_500) > 0
+
+
 def test_a_pause_is_not_a_change_and_a_change_is_not_a_pause() -> None:
     """One long round must not move the mean; a machine that has become slower must."""
     times = measured([8, 0] * 10, [100_000] * 20)
