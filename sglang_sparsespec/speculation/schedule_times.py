@@ -22,6 +22,8 @@ MEMORY = 64
 NEIGHBOUR = 0.25
 # squared relative noise of a round's time (3 %) over the squared error that the model's terms may have (20 %)
 _RIDGE = 0.0225
+# of what all terms take over the model, the least that one does: noise can fit all of the time to the others
+_LEAST_FACTOR = 0.01
 # rounds between two fits once a batch has its square of them
 _REFIT_EVERY = 4
 
@@ -118,4 +120,4 @@ class ScheduleTimes:
         common = float(shares.sum() / total)
         left = squares * common**2 + _RIDGE * np.eye(num_terms)
         right = shares * common + _RIDGE
-        return common, np.maximum(common * np.linalg.solve(left, right), 0.0).tolist()
+        return common, (common * np.maximum(np.linalg.solve(left, right), _LEAST_FACTOR)).tolist()

@@ -182,3 +182,30 @@ def test_rounds_of_another_schedule_than_chosen_do_not_count() -> None:
     assert server.choice.current == "lockstep"
     assert server.choice.status.measured is None
     assert wanted.count("unified") <= (schedule_choice.MAX_FIRST_LOOKS + 2) * schedule_choice.TRY_ROUNDS
+
+
+@pytest.mark.parametrize("seed", [*range(40), 53, 338, 546])
+def test_no_noise_ends_the_scheduler(seed: int) -> None:
+    """All of a time fitted to KV, and then a batch without any: a round of 0 ms, and a division by it.
+
+    Loads jump, and times have nothing to do with them. The last three seeds made such a round once.
+    """
+    rng, num_reqs = random.Random(seed), 8
+    choice, sigma = ScheduleChoice(COSTS[rng.choice(list(COSTS))], NUM_STEPS), rng.choice([0.1, 0.5, 1.5, 3])
+    late: list[tuple[str, int, int, float | None]] = []
+    for _ in range(400):
+        if rng.random() < 0.05:
+            num_reqs = rng.choice([1, 2, 3, 8, 16, 100, 128, 256])
+        pool = rng.choice([0, 1, num_reqs * 10, num_reqs * 1_000, num_reqs * 30_000])
+        schedule = choice.choose(num_reqs, pool)
+        if rng.random() >= 0.9:
+            schedule = "lockstep"
+        took = None
+        if rng.random() >= 0.1:
+            took = 5 * rng.lognormvariate(0, sigma) * (1_000 if rng.random() < 0.02 else 1)
+            took *= 1e-6 if rng.random() < 0.01 else 1
+        late.append((schedule, num_reqs, pool, took))
+        if len(late) > rng.choice([0, 1, 2]):
+            choice.observe(*late.pop(0))
+        measured = choice.status.measured
+        assert measured is None or measured > 0
