@@ -66,6 +66,9 @@ class SparseSpecConfig:
     adaptive: bool = False
     """Choose the drafts of each round, 0 (plain decoding) to k, by load and acceptance; `num_steps` is then the most.
     Off until it has been measured on a GPU."""
+    plain_steps: int = 4
+    """Tokens that an adaptive server decodes between two visits of the host where it does not draft. 1: each token is
+    handed out as it is made. Never more than k + 1; needs the fused verify."""
     profile: str | None = None
     """File with what an adaptive server has learnt: read at start if there is one, written while it serves."""
     schedule: str = "lockstep"
@@ -133,6 +136,9 @@ class SparseSpecConfig:
                 f"left out without {OPTION_PREFIX}adaptive",
                 f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
             )
+        _check_range("plain-steps", self.plain_steps, 1, 16)
+        if not self.adaptive:
+            self._refuse_fields(("plain_steps",), f"{OPTION_PREFIX}adaptive")
         _check_range("ngram-assist", self.ngram_assist, 0, self.num_steps)
         if self.ngram_assist > 0 and self.has_unified:
             raise ConfigError(
@@ -310,6 +316,13 @@ class SparseSpecConfig:
             return (self.num_steps,)
         powers = (1 << i for i in range(self.num_steps.bit_length()))
         return tuple(sorted({0, self.num_steps, *powers}))
+
+    @property
+    def most_plain_steps(self) -> int:
+        """Decode steps of a round that neither drafts nor verifies; 0: there are none, and every round verifies."""
+        if not self.adaptive or self.verify_attention != "fused" or self.verify_sparsity:
+            return 0
+        return min(self.plain_steps, self.num_draft_tokens)
 
     @property
     def draft_tail(self) -> int:

@@ -13,6 +13,7 @@ from study_client import FAILURES, RequestsEndedError
 from study_rounds import Plain, RoundLine, expected_tokens, over_plain, pooled_rates, rounds_to_settle, verdict
 
 from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene
+from sglang_sparsespec.config import SparseSpecConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -84,11 +85,11 @@ def turn_rounds(batch: int) -> tuple[int, int]:
 
 
 def growths(batch: int, choices: Sequence[int], rates: Sequence[float] | None) -> tuple[float, float]:
-    """Tokens of a request that (settling, one repeat) is expected to need, the controller at its largest k."""
+    """Tokens of a request that (settling, one repeat) is expected to need, the controller where rounds have most."""
     given = [ASSUMED_RATE] if rates is None else rates
     turn, own = turn_rounds(batch)
-    per_round = {k: expected_tokens(given, k) for k in choices}
-    most = per_round[max(choices)]
+    per_round = {k: expected_tokens(given, k) if k > 0 else SparseSpecConfig().plain_steps for k in choices}
+    most = max(per_round.values())
     repeat = (own + BETWEEN_TURNS) * most + sum((turn + BETWEEN_TURNS) * tokens for tokens in per_round.values())
     return SETTLE_ROUNDS * most, repeat
 

@@ -32,10 +32,16 @@ class RoundLine(NamedTuple):
     num_correct: list[int]
     """Drafts that stood, by request."""
     label: str
+    plain_steps: int = 1
+    """Tokens that each request decoded, of a round without drafts."""
 
     @property
     def tokens(self) -> int:
-        return self.num_reqs + sum(self.num_correct)
+        return self.num_reqs * self.plain_steps + sum(self.num_correct)
+
+    def expected_tokens(self, rates: Sequence[float]) -> float:
+        """Of a request."""
+        return expected_tokens(rates, self.num_steps) if self.num_steps > 0 else self.plain_steps
 
 
 class RoundsFile:
@@ -122,7 +128,7 @@ def speed(rounds: Sequence[RoundLine], rates: Sequence[float]) -> tuple[float, f
     timed = [line for line in rounds if line.round_ms is not None]
     if not timed:
         raise ServerError("no round of a turn could be timed")
-    tokens = sum(line.num_reqs * expected_tokens(rates, line.num_steps) for line in timed)
+    tokens = sum(line.num_reqs * line.expected_tokens(rates) for line in timed)
     seconds = sum(line.round_ms or 0.0 for line in timed) / 1e3
     return tokens / seconds, statistics.fmean(line.pool_tokens for line in timed)
 

@@ -14,7 +14,8 @@ CONTROL is a JSON file, read again when it has changed:
     label   any text, for the record
 
 Rounds with a k from outside teach the controller nothing. Every round whose results have arrived is a line in
-CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, drafts that stood by request, label].
+CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, drafts that stood by request, label,
+tokens that each request decoded if k = 0]. Rounds that only make a new selection have no milliseconds.
 
 A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
 label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
@@ -28,6 +29,7 @@ import os
 import runpy
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def install(control: Control) -> None:
     from sglang_sparsespec.speculation.controller import Controller
 
     choose, accept, learn = adaptive.RoundSteps.wanted, sampling.RoundSampler.accept, Controller.observe
-    planned: dict[int, tuple[Any, str, bool]] = {}
+    # of rounds in flight, whose outcomes arrive in order
+    planned: deque[tuple[str, bool]] = deque()
     fresh: Any = None
 
     def wanted(self: Any, pool_tokens: int, limits: Any) -> Any:
@@ -91,17 +94,22 @@ def install(control: Control) -> None:
         control.read()
         if control.now.get("fresh") != fresh:
             fresh = control.now.get("fresh")
-            self.controller = Controller(self.controller.choices)
+            self.controller = Controller(self.controller.choices, self.controller.plain_steps)
         steps = control.now.get("k")
         is_own = steps is None
         chosen = choose(self, pool_tokens, limits) if is_own else adaptive.round_of(steps, pool_tokens, limits)
-        planned[id(chosen)] = (chosen, control.now.get("label", ""), is_own)
+        # some may have been given up
+        while len(planned) > len(self._in_flight):
+            planned.popleft()
+        planned.append((control.now.get("label", ""), is_own))
         return chosen
 
     def observe(self: Any, done: Any, num_correct: Any, round_ms: float | None) -> None:
-        _, label, is_own = planned.pop(id(done))
+        label, is_own = planned.popleft()
+        plain_steps = 1 if done.num_steps > 0 else done.plain_steps
         stood = list(num_correct)
-        write_round(control.rounds, time.perf_counter(), done.num_steps, done.pool_tokens, round_ms, stood, label)
+        arrived = time.perf_counter()
+        write_round(control.rounds, arrived, done.num_steps, done.pool_tokens, round_ms, stood, label, plain_steps)
         if is_own:
             learn(self, done, num_correct, round_ms)
 
@@ -125,8 +133,10 @@ def write_round(
     round_ms: float | None,
     num_correct: list[int],
     label: str,
+    plain_steps: int = 1,
 ) -> None:
-    line = [arrived, len(num_correct), num_steps, pool_tokens, round_ms and round(round_ms, 4), num_correct, label]
+    ms = round_ms and round(round_ms, 4)
+    line = [arrived, len(num_correct), num_steps, pool_tokens, ms, num_correct, label, plain_steps]
     file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 

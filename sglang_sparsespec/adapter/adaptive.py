@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 SAVE_EVERY_S = 60.0
 # results of rounds that nobody will see: SGLang drops none that we know of
 _MAX_IN_FLIGHT = 8
+# of a plain round's work, what may be done for requests that have ended; arbitrary
+_MAX_WASTE = 0.03
 
 
 class StepPlan(NamedTuple):
@@ -50,6 +52,8 @@ class StepPlan(NamedTuple):
     """Drafts of each request that may stand, at most k; None: all k of all requests."""
     schedule: str = "lockstep"
     """That is wanted; a round that the unified one does not take runs in lockstep."""
+    plain_steps: int = 0
+    """Above 0: the round decodes so many tokens without drafting, verifying or refreshing selections."""
 
     def limits_on(self, device: str) -> torch.Tensor | None:
         """[num_reqs], int64; the copy does not wait for the device."""
@@ -63,8 +67,9 @@ class _InFlight(NamedTuple):
 
     round: Round
     is_steady: bool
-    """Whether nothing else ran before it."""
+    """Whether nothing else ran before it, and it is of a kind whose time is of interest."""
     schedule: str
+    reqs: Sequence[Req]
     is_schedule_try: bool = False
     """Whether its schedule is not the one that is kept: its time says nothing of its k."""
     drafted: ToHost | None = None
@@ -97,7 +102,12 @@ class RoundSteps:
         self.max_steps = config.num_steps
         self._ranks = ranks or HostRanks()
         self._is_adaptive = config.adaptive
-        self.controller = Controller(config.step_choices) if config.adaptive and self._ranks.leads else None
+        # decode steps of a plain round at most; 0: rounds without drafts are verifies, which refresh selections
+        self._plain_steps = config.most_plain_steps
+        self._is_stale = False
+        self.controller = None
+        if config.adaptive and self._ranks.leads:
+            self.controller = Controller(config.step_choices, max(1, self._plain_steps))
         self._profile, self._identity = config.profile, identity or {}
         self.is_warm = False
         if self.controller is not None and self._profile is not None:
@@ -113,20 +123,45 @@ class RoundSteps:
         self._arrived: float | None = None
         self._saved = clock()
 
-    def next_round(self, reqs: Sequence[Req], pool_tokens: int) -> StepPlan:
+    def next_round(self, reqs: Sequence[Req], pool_tokens: int, *, allows_plain: bool = False) -> StepPlan:
         """The plan of the round that is about to start, for `reqs` with `pool_tokens` of KV as the host knows.
 
         Every rank calls this once for every round, before its first forward.
+
+        Args:
+            reqs: of the round.
+            pool_tokens: their KV.
+            allows_plain: whether a round without drafts may do without a verify.
         """
         chosen = self._agreed(pool_tokens, [self.limit_of(req) for req in reqs])
+        plain_steps, is_refresh = 0, False
+        if chosen.num_steps == 0 and allows_plain and self._plain_steps > 0:
+            plain_steps = worthwhile_steps([left_of(req) for req in reqs], self._plain_steps)
+            chosen = chosen._replace(plain_steps=plain_steps)
+        elif chosen.num_steps > 0 and self._is_stale:
+            # drafts would not see all that came since the selection was made: first a verify makes a new one
+            is_refresh = True
+            chosen = Round(0, pool_tokens, (0,) * len(reqs))
+            if self.controller is not None:
+                self.controller.deferred()
+        self._is_stale = plain_steps > 0
         schedule = self._agreed_schedule(chosen)
         is_try = self._choice is not None and chosen.num_steps == self.max_steps and self._choice.is_try(schedule)
-        self._in_flight.append(_InFlight(chosen, self._is_steady, schedule, is_try))
+        self._in_flight.append(_InFlight(chosen, self._is_steady and not is_refresh, schedule, reqs, is_try))
         self._is_steady = True
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft()
         is_limited = min(chosen.allowed) < chosen.num_steps
-        return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None, schedule)
+        return StepPlan(chosen.num_steps, list(chosen.allowed) if is_limited else None, schedule, plain_steps)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether selections are older than the last round, which was plain."""
+        return self._is_stale
+
+    def brought_back(self, *, is_stale: bool) -> None:
+        """A request runs on with the selection that it left with."""
+        self._is_stale |= is_stale and self._plain_steps > 0
 
     def runs(self, schedule: str, verified: Sequence[int] | None = None) -> None:
         """The round that was planned last runs by this schedule.
@@ -197,11 +232,16 @@ class RoundSteps:
         self._arrived = arrived
         if not self._in_flight:
             return
-        done, is_steady, schedule, is_schedule_try, drafted = self._in_flight.popleft()
+        done, is_steady, schedule, reqs, is_schedule_try, drafted = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
             return
+        if done.plain_steps > 1:
+            # to SGLang's counters a token of a plain decode is a verify without a draft
+            for req in reqs:
+                if not (req.is_retracted or req.finished()):
+                    req.spec_verify_ct += done.plain_steps - 1
         round_ms = 1e3 * (arrived - before) if is_steady and before is not None else None
         if self._choice is not None and done.num_steps == self.max_steps:
             # a round of another k is no measure of either
@@ -249,6 +289,26 @@ class RoundSteps:
         if self.controller is None:
             return {"adaptive": self._is_adaptive, "num_steps": self.max_steps, **schedule}
         return {"adaptive": True, **profile.describe(self.controller), **schedule}
+
+
+def left_of(req: Req) -> int:
+    """Tokens that a request may still say, as the host knows."""
+    return max(1, req.sampling_params.max_new_tokens - len(req.output_ids))
+
+
+def worthwhile_steps(left: Sequence[int], most: int) -> int:
+    """Decode steps of a plain round: as many as possible with little done for requests that end on the way.
+
+    Args:
+        left: tokens of each request at most.
+        most: steps.
+    """
+    if min(left) >= most:
+        return most
+    for steps in range(most, 1, -1):
+        if sum(max(0, steps - tokens) for tokens in left) <= _MAX_WASTE * steps * len(left):
+            return steps
+    return 1
 
 
 def round_of(num_steps: int, pool_tokens: int, limits: Sequence[int]) -> Round:

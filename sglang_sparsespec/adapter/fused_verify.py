@@ -58,6 +58,8 @@ class FusedPlan(NamedTuple):
     """Bound of all positions, known to the host."""
     is_sparse: bool = False
     """Whether it may leave something out (`sparse_verify`); otherwise it is the model's own."""
+    refreshes: bool = True
+    """Whether selections are made from it; a plain decode makes none."""
 
 
 class FusedVerify:
@@ -99,6 +101,8 @@ class FusedVerify:
     def begin(self, plan: FusedPlan) -> None:
         """Before the first layer of a verify."""
         self._plan = plan
+        if not plan.refreshes:
+            return
         lens = plan.committed_lens.long()
         self._score_starts = lens.cumsum(0) - lens
 
@@ -113,7 +117,7 @@ class FusedVerify:
         plan = self._plan
         assert plan is not None, "a verify before it was planned"
         waiting = layer.layer_id % self._scores.shape[0]
-        scores = None if self._policy is None else self._scores[waiting]
+        scores = self._scores[waiting] if self._policy is not None and plan.refreshes else None
         queries = q.reshape(-1, plan.width, layer.tp_q_head_num, layer.qk_head_dim)
         attended = self._attend(queries, layer, scores, None if out is None else out.view(queries.shape))
         is_last = layer.layer_id == self._num_layers - 1

@@ -125,6 +125,7 @@ def round_shape(
         narrower=tuple(steps + 1 for steps in config.step_choices[:-1]),
         num_guesses=config.ngram_assist,
         is_unified=config.has_unified,
+        has_plain=config.most_plain_steps > 0,
         sparse_list_len=0 if rule is None else rule.list_len(table_len, config.num_draft_tokens),
         # a chunk on each of two queues
         staging_bytes=2 * CHUNK_BYTES if config.host_memory_bytes > 0 else 0,

@@ -217,6 +217,21 @@ class RoundSampler:
             drafts.probs[:, step] = probs
         return drafts.tokens[:, step]
 
+    def sample(self, logits: torch.Tensor, info: SamplingBatchInfo, rule: SamplingRule) -> torch.Tensor:
+        """The next token of each request, by the model's own distribution.
+
+        Args:
+            logits: [num_reqs, vocab_size], adjusted; not changed.
+            info: the batch's sampling parameters.
+            rule: the same, as `rule` returned it.
+
+        Returns:
+            [num_reqs], int64.
+        """
+        if info.is_all_greedy:
+            return logits.argmax(dim=-1)
+        return chunked.draw(logits, rule, self._coins(logits.shape[0]))[0]
+
     def samples(self, info: SamplingBatchInfo) -> bool:
         """Whether the drafts of a batch are sampled; else they are argmaxes."""
         return self._samples_drafts and not info.is_all_greedy

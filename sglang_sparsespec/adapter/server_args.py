@@ -124,6 +124,14 @@ class SparseSpecServerArgs(ServerArgs):
             _DEFAULTS.adaptive,
         ),
     ] = _DEFAULTS.adaptive
+    sparsespec_plain_steps: Annotated[
+        int,
+        _help(
+            "tokens that an adaptive server decodes between two visits of the host while it does not draft, 1 to 16, "
+            "and never more than --speculative-num-steps + 1.",
+            _DEFAULTS.plain_steps,
+        ),
+    ] = _DEFAULTS.plain_steps
     sparsespec_profile: Annotated[
         str | None,
         _help(

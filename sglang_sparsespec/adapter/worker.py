@@ -47,6 +47,7 @@ from sglang_sparsespec.selection import POLICIES, SelectionPolicy, StepPolicy
 from sglang_sparsespec.selection.step import StepDraftKV
 from sglang_sparsespec.selection.store import SelectionStore
 from sglang_sparsespec.sparsity.anchors_file import read_anchors, weights_digest
+from sglang_sparsespec.speculation.acceptance import Acceptance
 from sglang_sparsespec.speculation.cost_model import ROOFLINES, ServerCost, roofline_of
 from sglang_sparsespec.speculation.memory import fit_pool, plan_memory
 
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     from sglang_sparsespec.adapter.penalties import PenalisedRows
     from sglang_sparsespec.adapter.server_args import SparseSpecServerArgs
     from sglang_sparsespec.selection.store import DraftKV, SavedSelection
-    from sglang_sparsespec.speculation.acceptance import Acceptance
     from sglang_sparsespec.speculation.distribution import SamplingRule
     from sglang_sparsespec.speculation.memory import MemoryPlan, ModelShape, RoundShape
 
@@ -98,6 +98,26 @@ class RoundPlan(NamedTuple):
     """Requests with penalties."""
     is_sparse: bool
     """Whether the verify may leave something out, and the output is then not the model's."""
+
+
+class PlainRoundResult(GenerationBatchResult):
+    """Of a round without drafts: SGLang takes every token but one of a round for a draft that stood."""
+
+    @property
+    def num_correct_drafts(self) -> int:
+        return 0
+
+    @num_correct_drafts.setter
+    def num_correct_drafts(self, count: int) -> None:
+        pass
+
+    @property
+    def num_correct_drafts_per_req_cpu(self) -> list[int] | None:
+        return None if self.accept_lens is None else [0] * len(self.accept_lens)
+
+    @num_correct_drafts_per_req_cpu.setter
+    def num_correct_drafts_per_req_cpu(self, counts: list[int] | None) -> None:
+        pass
 
 
 def length_bound(req: Req, num_draft_tokens: int) -> int:
@@ -164,6 +184,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self._step_kv: StepDraftKV | None = None
         self._unified: UnifiedRounds | None = None
         self._assist: NgramAssist | None = None
+        self._plain_step: PaddedForward | None = None
         self._kept: KeptDrafts | None = None
         self._round_ct = 0
         self._offsets = torch.arange(self.config.num_draft_tokens, device=self.device)
@@ -206,6 +227,8 @@ class SparseSpecWorker(BaseSpecWorker):
         current = batch.spec_info.bonus_tokens.long()
         is_unified = self._runs_unified(batch, plan)
         run = self._run_unified if is_unified else self._run_lockstep
+        if plan.steps.plain_steps > 0:
+            run = self._run_plain
         acceptance, logits_output = run(batch, plan)
         verified = self._unified.num_verified if is_unified and self._unified is not None else None
         self._steps.runs("unified" if is_unified else "lockstep", verified)
@@ -235,6 +258,32 @@ class SparseSpecWorker(BaseSpecWorker):
         )
         return self._ranks.agree_on_acceptance(acceptance), logits_output
 
+    def _run_plain(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
+        """The model itself says a few tokens, one after the other: without drafts, verifies, selections and the host.
+
+        Every token stands, and its KV is exact.
+        """
+        assert self._plain_step is not None
+        self._bound_verify(plan)
+        self._load(plan, batch.req_to_token_pool.req_to_token)
+        current = batch.spec_info.bonus_tokens.long()
+        num_reqs, num_tokens = plan.rows.shape[0], plan.steps.plain_steps
+        tokens = torch.empty((num_reqs, num_tokens), dtype=torch.int64, device=self.device)
+        kept: list[torch.Tensor] = []
+        for step in range(num_tokens):
+            self._static.begin_step(step, current, plan.batch_size)
+            logits = self._plain_step(plan.batch_size)[:num_reqs]
+            logits = self._sampler.adjust(logits, batch.sampling_info, current[:, None], None, None)
+            if batch.return_logprob:
+                # the next forward writes in the same place
+                kept.append(logits.clone())
+            # each token's KV stays, so ranks must agree on it before it is fed
+            current = self._ranks.agree(self._sampler.sample(logits, batch.sampling_info, plan.rule))
+            tokens[:, step] = current
+        lens = torch.full((num_reqs,), num_tokens, dtype=torch.int32, device=self.device)
+        all_logits = torch.stack(kept, dim=1).flatten(0, 1) if kept else None
+        return Acceptance(tokens, lens, current), LogitsProcessorOutput(next_token_logits=all_logits)
+
     def _run_unified(self, batch: ScheduleBatch, plan: RoundPlan) -> tuple[Acceptance, LogitsProcessorOutput]:
         """Some verify while the others draft, k + 1 times."""
         assert self._unified is not None
@@ -244,7 +293,10 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _plan(self, batch: ScheduleBatch) -> RoundPlan:
         kv_lens = [req.kv_committed_len for req in batch.reqs]
-        steps = self._steps.next_round(batch.reqs, sum(kv_lens))
+        penalised = self._penalties.rows_of(batch)
+        # penalties and grammars have something to say between two tokens
+        allows_plain = self._plain_step is not None and penalised is None and not batch.has_grammar
+        steps = self._steps.next_round(batch.reqs, sum(kv_lens), allows_plain=allows_plain)
         self._metrics.plan(kv_lens, [self._policy.budget(kv_len) for kv_len in kv_lens])
         committed_lens = batch.seq_lens.long()
         positions = committed_lens[:, None] + self._offsets
@@ -268,7 +320,7 @@ class SparseSpecWorker(BaseSpecWorker):
             len_bounds=bounds,
             batch_size=self._draft_step.padded(len(bounds)),
             rule=self._sampler.rule(batch),
-            penalised=self._penalties.rows_of(batch),
+            penalised=penalised,
             is_sparse=self.config.is_sparse_round(self._round_ct),
         )
 
@@ -347,6 +399,18 @@ class SparseSpecWorker(BaseSpecWorker):
             rows=static.rows[:batch_size],
             lens=static.committed_lens[:batch_size],
         )
+
+    def _plain_body(self, batch_size: int) -> torch.Tensor:
+        """The model's own next token; returns logits [batch_size, vocab_size]."""
+        static = self._static
+        assert self._backend.fused is not None
+        tokens, slots = static.step_tokens[:batch_size], static.step_slots[:batch_size]
+        rows, positions = static.rows[:batch_size], static.step_positions[:batch_size]
+        lens = positions.to(torch.int32)
+        num_queries = static.num_queries[:batch_size]
+        self._backend.fused.begin(FusedPlan(rows, lens, num_queries, 1, self._verify_max_len, refreshes=False))
+        verify = SparseSpecVerifyInput(draft_token=tokens, positions=positions, draft_token_num=1, is_fused=True)
+        return self.run_model(ForwardMode.TARGET_VERIFY, tokens, positions, slots, verify, rows=rows, lens=lens)
 
     def _verify_body(self, width: int, is_sparse: bool, batch_size: int) -> torch.Tensor:
         """Our own verify of `width` tokens per request; returns logits [batch_size * width, vocab_size]."""
@@ -550,6 +614,7 @@ class SparseSpecWorker(BaseSpecWorker):
         # [0, n)                      committed before
         # [n, n + accept_len)         committed now
         # [n + accept_len, n + k]     rejected: the slots stay with the request, the next round writes there again
+        # of a plain round [0, n + accept_len) is committed, and nothing was rejected
         new_seq_lens = plan.committed_lens + acceptance.accept_lens
         if plan.penalised is not None:
             self._penalties.append(plan.penalised, acceptance)
@@ -559,15 +624,17 @@ class SparseSpecWorker(BaseSpecWorker):
         if batch.return_logprob:
             logits_output.next_token_logits = logits_output.next_token_logits.float()
             accept_index = torch.arange(predicted.numel(), device=predicted.device).view_as(acceptance.accept_tokens)
-            compute_spec_v2_logprobs(batch, logits_output, predicted, accept_index, plan.steps.num_steps)
-        return GenerationBatchResult(
+            num_steps = acceptance.accept_tokens.shape[1] - 1
+            compute_spec_v2_logprobs(batch, logits_output, predicted, accept_index, num_steps)
+        result = PlainRoundResult if plan.steps.plain_steps > 0 else GenerationBatchResult
+        return result(
             logits_output=logits_output,
             next_token_ids=predicted,
             accept_lens=acceptance.accept_lens,
             new_seq_lens=new_seq_lens,
             next_draft_input=SparseSpecDraftInput(bonus_tokens=acceptance.bonus_tokens),
             # the stride of this result; slots and lengths stay those of K
-            speculative_num_draft_tokens=plan.steps.num_steps + 1,
+            speculative_num_draft_tokens=acceptance.accept_tokens.shape[1],
             can_run_cuda_graph=self._draft_step.is_captured(plan.batch_size),
             extra_keep_alive_refs=[plan, acceptance],
         )
@@ -609,6 +676,8 @@ class SparseSpecWorker(BaseSpecWorker):
             forwards.append(self._unified.forward)
         if self._assist is not None:
             forwards.append(self._assist.forward)
+        if self._plain_step is not None:
+            forwards.append(self._plain_step)
         return [*forwards, self._draft_step]
 
     @property
@@ -693,6 +762,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self._draft_layers = SparseLayers(runner.model, draft_rules(self.config))
         self._verify_layers = SparseLayers(runner.model, verify_rules(self.config))
         self._draft_step = PaddedForward("draft", self._draft_body, batch_sizes)
+        if self.config.most_plain_steps > 0 and not isinstance(self._policy, StepPolicy):
+            self._plain_step = PaddedForward("plain decode", self._plain_body, batch_sizes)
         # the widest first: what it needs of the graphs' memory serves the others
         has_sparse = bool(self.config.verify_sparsity)
         has_dense = self.config.has_dense_verify
@@ -808,10 +879,12 @@ class SparseSpecWorker(BaseSpecWorker):
             return
 
         def save(req: Req, copy: Callable[[torch.Tensor], torch.Tensor]) -> SavedSelection:
-            return self._store.save(req.req_pool_idx, self._policy.max_budget(req.kv_committed_len), copy)
+            saved = self._store.save(req.req_pool_idx, self._policy.max_budget(req.kv_committed_len), copy)
+            return saved._replace(is_stale=self._steps.is_stale)
 
         def load(req: Req, selection: SavedSelection) -> None:
             self._store.load(req.req_pool_idx, selection)
+            self._steps.brought_back(is_stale=selection.is_stale)
             self._penalties.resume(req)
             if self._assist is not None:
                 self._assist.start([req])

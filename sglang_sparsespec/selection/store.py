@@ -91,6 +91,8 @@ class SavedSelection(NamedTuple):
     """[1], int32."""
     until: torch.Tensor
     """[1], int32."""
+    is_stale: bool = False
+    """Whether tokens were decoded since without a new selection: more than drafts can see beside it."""
 
 
 class SelectionStore:

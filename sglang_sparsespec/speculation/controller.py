@@ -45,6 +45,8 @@ class Round(NamedTuple):
     """Whether it was made to learn."""
     follows_plain: bool = False
     """Whether its drafts saw a selection that a single query had made."""
+    plain_steps: int = 1
+    """Tokens that a round without drafts decodes, one after the other; with drafts it means nothing."""
 
 
 class Status(NamedTuple):
@@ -59,10 +61,16 @@ class Status(NamedTuple):
 
 
 class Controller:
-    """Chooses k among `choices`, ascending, 0 and the largest k among them."""
+    """Chooses k.
 
-    def __init__(self, choices: Sequence[int]) -> None:
+    Args:
+        choices: of k, ascending, 0 and the largest k among them.
+        plain_steps: tokens that a round without drafts decodes, mostly.
+    """
+
+    def __init__(self, choices: Sequence[int], plain_steps: int = 1) -> None:
         self.choices = tuple(choices)
+        self.plain_steps = plain_steps
         self.times = TimesByBatch()
         self.rates = AcceptanceRates(self.choices[-1])
         self._current = self.choices[-1]
@@ -73,6 +81,7 @@ class Controller:
         self._last_burst = 0
         self._first_looks = 0
         self._credit = 0.0
+        self._was_try = False
         self._last_steps = self.choices[-1]
         self._warm: set[tuple[int, int]] = set()
         self._plain_ms = self._spent_ms = 0.0
@@ -99,10 +108,18 @@ class Controller:
         if tried is None:
             self._decide(num_reqs, pool_tokens, limits, usable)
         num_steps = self._held(usable) if tried is None else tried
+        self._was_try = tried is not None
         follows_plain = num_steps > 0 and self._last_steps == 0
         self._last_steps = num_steps
         allowed = tuple(min(limit, num_steps) for limit in limits)
         return Round(num_steps, pool_tokens, allowed, tried is not None, follows_plain)
+
+    def deferred(self) -> None:
+        """The round that was chosen last makes no drafts after all: something has to run before they can be made."""
+        self._last_steps = 0
+        steps, left = self._burst
+        if self._was_try:
+            self._burst = (steps, left + 1)
 
     def _decide(self, num_reqs: int, pool_tokens: int, limits: Sequence[int], usable: list[int]) -> None:
         bucket, cap = self.times.bucket(num_reqs), usable[-1]
@@ -163,6 +180,8 @@ class Controller:
         held = self._held(usable)
         share = self._tokens(chosen, limits) / self._tokens(held, limits)
         loss = times.round_ms(chosen, pool_tokens) - share * times.round_ms(held, pool_tokens)
+        if chosen == 0:
+            loss *= self.plain_steps
         return None if BURST * loss > self._credit else self._start(chosen)
 
     def _held(self, usable: list[int]) -> int:
@@ -189,7 +208,7 @@ class Controller:
 
         Args:
             done: as `choose` returned it.
-            num_correct: drafts that stood, by request.
+            num_correct: drafts that stood, by request; none where none were made.
             round_ms: what it took; None where something else ran in between.
         """
         num_reqs = len(num_correct)
@@ -197,10 +216,11 @@ class Controller:
             self.rates.add(num_correct, done.allowed, self._now)
         if round_ms is None or not self._is_warm(num_reqs, done.num_steps):
             return
+        plain_steps = 1 if done.num_steps > 0 else done.plain_steps
         times = self.times.of(num_reqs)
-        if not times.add(done.num_steps, done.pool_tokens, round_ms, self._now):
+        if not times.add(done.num_steps, done.pool_tokens, round_ms / plain_steps, self._now):
             return
-        tokens = sum(num_correct) + num_reqs
+        tokens = sum(num_correct) + plain_steps * num_reqs
         self._account(done, num_reqs, tokens, round_ms)
         if not done.is_try:
             fade = 1 - 1 / SPEEDUP_MEMORY

@@ -109,6 +109,8 @@ class RoundShape(NamedTuple):
     """Whether dense verifies are captured beside sparse ones."""
     is_unified: bool = False
     """Whether mixed forwards are captured as well, and drafts are kept from round to round."""
+    has_plain: bool = False
+    """Whether plain decodes are captured as well."""
     drops_channels: bool = False
     """Whether a verify drops channels of feed-forward layers."""
 
@@ -211,7 +213,7 @@ def _unified_bytes(rounds: RoundShape) -> int:
 def _num_forwards(rounds: RoundShape) -> int:
     """Kinds of forwards that are captured at each size: a draft, a verify of each width, and what options add."""
     verifies = (1 + len(rounds.narrower)) * (1 + rounds.has_both_verifies)
-    return 1 + verifies + rounds.is_unified + (rounds.num_guesses > 0)
+    return 1 + verifies + rounds.is_unified + (rounds.num_guesses > 0) + rounds.has_plain
 
 
 def _guess_bytes(rounds: RoundShape) -> int:

@@ -37,8 +37,11 @@ SERVERS = {
     # unified where k is 8, else in lockstep
     "fused-page1-overlap": "--sparsespec-schedule unified --cuda-graph-bs-decode 3 7 11 "
     "--sparsespec-sharing head --speculative-num-steps 8",
+    # plain rounds of up to five tokens, and verifies that make a selection before drafts go on
+    "plain-page16-overlap": "--sparsespec-adaptive --sparsespec-plain-steps 5 --page-size 16 "
+    "--sparsespec-verify-attention fused --sparsespec-granularity 4 --speculative-num-steps 6",
 }
-NUM_STEPS = {"backend-page16-sync": 5, "fused-page1-overlap": 8}
+NUM_STEPS = {"backend-page16-sync": 5, "fused-page1-overlap": 8, "plain-page16-overlap": 6}
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -180,3 +183,10 @@ def test_every_k_has_run(switching: tuple[Server, Path], name: str) -> None:
     assert set(counts) == set(range(NUM_STEPS[name] + 1)), counts
     assert min(counts.values()) > 5, counts
     assert sum(first != second for first, second in pairwise(steps)) > len(steps) / 5
+    plain = Counter(random_steps.plain_steps(switching[1]))
+    if name.startswith("plain"):
+        assert max(plain) == 5, plain
+        assert plain[5] > len(steps) / 10, plain
+        assert len(plain) > 1, plain
+    else:
+        assert not plain

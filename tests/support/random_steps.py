@@ -2,8 +2,9 @@
 
 SPARSESPEC_TEST_STEPS="seed=1,every=3": after 1 to `every` rounds the next ones get another k, 0 to K, 0 and K more
 often than the rest; with ",guess=1" n-gram guesses are used whether they come true or not.
-SPARSESPEC_TEST_STEPS_FILE: each round's k is appended to this file; rank r of several, from 1 on, wants other k and
-appends to FILE-r. Schedulers import the main module again when they start, so they do alike.
+SPARSESPEC_TEST_STEPS_FILE: each round's k, and the tokens of a plain one, are appended to this file; rank r of several,
+from 1 on, wants other k and appends to FILE-r. Schedulers import the main module again when they start, so they do
+alike.
 
 And logits of a forward are gone when the next one runs: captured forwards share their memory, and that shows on a GPU
 only.
@@ -28,7 +29,13 @@ FILE = "SPARSESPEC_TEST_STEPS_FILE"
 
 def chosen(file: Path, rank: int = 0) -> list[int]:
     """k of every round so far."""
-    return [int(line) for line in _file_of(file, rank).read_text().splitlines()]
+    return [int(line.split()[0]) for line in _file_of(file, rank).read_text().splitlines()]
+
+
+def plain_steps(file: Path) -> list[int]:
+    """Tokens that each plain round decoded."""
+    found = [int(line.split()[1]) for line in file.read_text().splitlines()]
+    return [steps for steps in found if steps > 0]
 
 
 def _file_of(file: Path, rank: int) -> Path:
@@ -65,7 +72,7 @@ def install(settings: str, file: Path) -> None:
     def next_round(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = allowed(self, *args, **kwargs)
         with file.open("a") as out:
-            out.write(f"{plan.num_steps}\n")
+            out.write(f"{plan.num_steps} {plan.plain_steps}\n")
         return plan
 
     adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
