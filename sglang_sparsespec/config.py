@@ -63,9 +63,9 @@ class SparseSpecConfig:
     """`backend`: the user's attention backend verifies, and scores are captured beside it.
     `fused`: our kernel attends and scores in one pass (anchored scores), and rounds run from CUDA graphs.
     `auto`: fused on a GPU where the policy can, else backend; a server resolves it at start."""
-    adaptive: bool = False
+    adaptive: bool | None = None
     """Choose the drafts of each round, 0 (plain decoding) to k, by load and acceptance; `num_steps` is then the most.
-    Off until it has been measured on a GPU."""
+    None: where rounds are fast enough for it, which is decided at start (`adapts`)."""
     plain_steps: int = 4
     """Tokens that an adaptive server decodes between two visits of the host where it does not draft. 1: each token is
     handed out as it is made. Never more than k + 1; needs the fused verify."""
@@ -127,18 +127,7 @@ class SparseSpecConfig:
         _check_choice("draft-sampling", self.draft_sampling, DRAFT_SAMPLINGS)
         _check_choice("verify-attention", self.verify_attention, VERIFY_ATTENTIONS)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        if not isinstance(self.adaptive, bool):
-            raise ConfigError(f"{OPTION_PREFIX}adaptive", self.adaptive, "True or False", "Leave it out for False.")
-        if self.profile is not None and not self.adaptive:
-            raise ConfigError(
-                f"{OPTION_PREFIX}profile",
-                self.profile,
-                f"left out without {OPTION_PREFIX}adaptive",
-                f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
-            )
-        _check_range("plain-steps", self.plain_steps, 1, 16)
-        if not self.adaptive:
-            self._refuse_fields(("plain_steps",), f"{OPTION_PREFIX}adaptive")
+        self._check_adaptive()
         _check_range("ngram-assist", self.ngram_assist, 0, self.num_steps)
         if self.ngram_assist > 0 and self.has_unified:
             raise ConfigError(
@@ -164,6 +153,32 @@ class SparseSpecConfig:
                 self.min_budget,
                 f"at least one block of {OPTION_PREFIX}granularity ({self.block_size} tokens)",
                 "Raise the budget or choose a finer granularity.",
+            )
+
+    def _check_adaptive(self) -> None:
+        if self.adaptive is not None and not isinstance(self.adaptive, bool):
+            advice = "Leave it out for what suits the device."
+            raise ConfigError(f"{OPTION_PREFIX}adaptive", self.adaptive, "True, False or None", advice)
+        if self.profile is not None and (not isinstance(self.profile, str) or not self.profile):
+            raise ConfigError(f"{OPTION_PREFIX}profile", self.profile, "a path", "Leave it out for none.")
+        if self.profile is not None and self.adaptive is False:
+            raise ConfigError(
+                f"{OPTION_PREFIX}profile",
+                self.profile,
+                f"left out without {OPTION_PREFIX}adaptive",
+                f"A fixed k needs no profile: add {OPTION_PREFIX}adaptive, or drop the option.",
+            )
+        _check_range("plain-steps", self.plain_steps, 1, 16)
+        if self.adaptive is False:
+            self._refuse_fields(("plain_steps",), f"{OPTION_PREFIX}adaptive")
+        if self.verify_attention == "backend":
+            self._refuse_fields(("plain_steps",), f"{OPTION_PREFIX}verify-attention fused")
+        if self.verify_sparsity and self.plain_steps != type(self).plain_steps:
+            raise ConfigError(
+                f"{OPTION_PREFIX}plain-steps",
+                self.plain_steps,
+                f"left out with {OPTION_PREFIX}verify-sparsity",
+                "There every token comes out of a verify. Drop one of the two.",
             )
 
     def _check_draft_layers(self) -> None:
@@ -308,6 +323,14 @@ class SparseSpecConfig:
     def num_draft_tokens(self) -> int:
         """Width of a verify: the current token and k drafts (SGLang's meaning of the name)."""
         return self.num_steps + 1
+
+    def adapts(self, device: str) -> bool:
+        """Whether k is chosen round by round on this device: as the user says, or, unsaid, where a profile is given and
+        on a GPU whose rounds run from graphs and leave nothing out (measured: docs/results.md, "Adaptive k")."""
+        if self.adaptive is not None:
+            return self.adaptive
+        is_measured = device != "cpu" and self.verify_attention == "fused" and not self.verify_sparsity
+        return self.profile is not None or is_measured
 
     @property
     def step_choices(self) -> tuple[int, ...]:

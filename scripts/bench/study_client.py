@@ -27,7 +27,7 @@ IDLE_TIMEOUT_S = 60.0
 POLL_S = 0.005
 # steps of a full batch that are not looked at: kernels load, and the last prefill is still near
 WARM_STEPS = 3
-# of a batch that fills up while its first requests decode already
+# of a batch that fills up while its first requests decode already, at least
 FILL_STEPS = 24
 # rounds behind a change of k that were planned before it, or are the first of their kind
 SWITCH_ROUNDS = 1
@@ -136,7 +136,9 @@ class PlainServer(Watched):
         Raises:
             ServerError: a batch was never full for long enough.
         """
-        sampling = {"temperature": 0.0, "max_new_tokens": steps + WARM_STEPS + FILL_STEPS, "ignore_eos": True}
+        # the first requests decode until the last have come
+        fill = max(FILL_STEPS, 2 * len(prompts))
+        sampling = {"temperature": 0.0, "max_new_tokens": steps + WARM_STEPS + fill, "ignore_eos": True}
         found = []
         for length in lengths:
             self.new_rounds()

@@ -101,7 +101,7 @@ class RoundSteps:
     ) -> None:
         self.max_steps = config.num_steps
         self._ranks = ranks or HostRanks()
-        self._is_adaptive = config.adaptive
+        self._is_adaptive = bool(config.adaptive)
         # decode steps of a plain round at most; 0: rounds without drafts are verifies, which refresh selections
         self._plain_steps = config.most_plain_steps
         self._is_stale = False

@@ -62,7 +62,7 @@ def identity(
     # of the whole model; each of `num_ranks` ranks has a share
     shape = model_shape(model, 1)._replace(num_ranks=num_ranks)
     options = ("num_steps", "selection", "sharing", "granularity", "budget_ratio", "min_budget", "verify_attention")
-    drafting = ("draft_sampling", "schedule", "ngram_assist", "draft_ffn_threshold", "draft_experts")
+    drafting = ("draft_sampling", "schedule", "ngram_assist", "draft_ffn_threshold", "draft_experts", "plain_steps")
     return {
         "architecture": " ".join(model.hf_config.architectures or ()),
         # of a dense model nothing is said about experts

@@ -6,6 +6,7 @@ a subclass with more fields therefore gives all three, and pickles to the schedu
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import sys
@@ -117,11 +118,15 @@ class SparseSpecServerArgs(ServerArgs):
         ),
     ] = _DEFAULTS.verify_attention
     sparsespec_adaptive: Annotated[
-        bool,
-        _help(
-            "choose the drafts of each round by load and acceptance, 0 (plain decoding) included; "
-            "--speculative-num-steps is then the most.",
-            _DEFAULTS.adaptive,
+        bool | None,
+        Arg(
+            help=_help(
+                "choose the drafts of each round by load and acceptance, 0 (plain decoding) included; "
+                "--speculative-num-steps is then the most. Left out, it is on on a GPU where the verify is fused and "
+                "leaves nothing out, and off elsewhere.",
+                _DEFAULTS.adaptive,
+            ),
+            action=argparse.BooleanOptionalAction,
         ),
     ] = _DEFAULTS.adaptive
     sparsespec_plain_steps: Annotated[
@@ -350,6 +355,8 @@ def resolve(server_args: ServerArgs) -> None:
     options["host_memory_gb"] = resolve_host_memory_gb(options["host_memory_gb"], host_memory())
     config = SparseSpecConfig(num_steps=num_steps, **options)
     config = choose_verify_attention(config, str(server_args.device))
+    config = dataclasses.replace(config, adaptive=config.adapts(str(server_args.device)))
+    server_args.sparsespec_adaptive = config.adaptive
     check_supported(server_args, config)
 
     server_args.sparsespec_config = config

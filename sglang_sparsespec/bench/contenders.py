@@ -37,6 +37,7 @@ DEFAULT_SCHEDULE = SparseSpecConfig().schedule
 # those that our own verify serves, with selections made before the drafts (adapter/support.py); `auto` tries it too
 UNIFIED_POLICIES = ("pillar", "window", "random")
 NO_GPU_ARGS = ("--device", "cpu")
+ADAPTIVE = "--sparsespec-adaptive"
 
 
 def plain(machine: Machine) -> tuple[list[Contender], list[Skip]]:
@@ -106,8 +107,9 @@ def triforce(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) ->
 
 def adaptive(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
     """k by the controller; a round may be plain decoding."""
-    args = ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-adaptive", *extra)
-    return _ours("adaptive", "policy pillar in our engine, adaptive k", args + _where(machine), simulated)
+    args = ("--speculative-algorithm", "SPARSESPEC", ADAPTIVE, *extra)
+    label = "policy pillar in our engine, adaptive k"
+    return _ours("adaptive", label, args + _where(machine), simulated, is_fixed=False)
 
 
 def retract(machine: Machine, simulated: float, extra: tuple[str, ...] = ()) -> Contender:
@@ -139,7 +141,7 @@ def named(machine: Machine, text: str, simulated: float, extra: tuple[str, ...] 
             "--contender", text, "NAME=OPTIONS", "For instance: --contender 'k4=--speculative-num-steps 4'"
         )
     args = ("--speculative-algorithm", "SPARSESPEC", *extra, *shlex.split(options), *_where(machine))
-    return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
+    return _ours(name, f"{options or 'defaults'} in our engine", args, simulated, is_fixed=False)
 
 
 def lossy(
@@ -172,8 +174,10 @@ def lossy(
     return found
 
 
-def _ours(name: str, label: str, args: tuple[str, ...], simulated: float) -> Contender:
-    """A contender of our engine."""
+def _ours(name: str, label: str, args: tuple[str, ...], simulated: float, *, is_fixed: bool = True) -> Contender:
+    """A contender of our engine; with a fixed k, unless k is what it is about or the user says."""
+    if is_fixed and ADAPTIVE not in args:
+        args = (args[0], args[1], "--no-sparsespec-adaptive", *args[2:])
     if is_lossy(args):
         name, label = lossy_names(name, label)
     return Contender(f"sparsespec/{name}", label, args, simulated)

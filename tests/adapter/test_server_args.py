@@ -46,6 +46,7 @@ OTHER_VALUES: dict[str, Any] = {
     "draft_sampling": "greedy",
     "verify_attention": "fused",
     "adaptive": True,
+    "plain_steps": 2,
     "profile": "no-such-profile.json",
     "schedule": "lockstep",
     "ngram_assist": 3,
@@ -58,7 +59,7 @@ OTHER_VALUES: dict[str, Any] = {
 
 def on_cpu(**options: Any) -> SparseSpecConfig:
     """As a CPU server resolves them: `auto` and None are not kept."""
-    return SparseSpecConfig(**{"verify_attention": "backend", "host_memory_gb": 0.0, **options})
+    return SparseSpecConfig(**{"verify_attention": "backend", "host_memory_gb": 0.0, "adaptive": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,8 @@ def test_every_config_field_is_an_option(parser: argparse.ArgumentParser) -> Non
     defaults = SparseSpecConfig()
     for name, action in options.items():
         assert action.default == getattr(defaults, name), name
-        assert action.option_strings == [f"--sparsespec-{name.replace('_', '-')}"]
+        no = ["--no-sparsespec-adaptive"] if name == "adaptive" else []
+        assert action.option_strings == [f"--sparsespec-{name.replace('_', '-')}", *no]
         assert action.help is not None
         assert str(action.default) in action.help, f"{name}: the default stands in the help"
 
@@ -151,7 +153,7 @@ def test_every_option_reaches_the_config(server_args: Callable[..., Any], tmp_pa
     no_experts = {"draft_experts": 0, "verify_experts": 0, "verify_expert_thresholds": ()}
     written = {"verify_anchors": anchors_of(server_args, tmp_path), **no_experts}
     # not all of them can be set together
-    for left_out in (("host_memory_gb",), LOSSY_VALUES):
+    for left_out in (("host_memory_gb", "plain_steps"), LOSSY_VALUES):
         values = {name: written.get(name, value) for name, value in OTHER_VALUES.items() if name not in left_out}
         args = server_args(speculative_num_steps=3, **{f"sparsespec_{k}": v for k, v in values.items()})
         assert args.sparsespec_config == SparseSpecConfig(num_steps=3, **{"host_memory_gb": 0.0, **values})

@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["--speculative-num-steps is 100; it must be an integer from 1 to 64."],
     ),
     "profile_without_adaptive": (
-        [*SPARSESPEC, "--sparsespec-profile", "rounds.json"],
+        [*SPARSESPEC, "--no-sparsespec-adaptive", "--sparsespec-profile", "rounds.json"],
         [
             "--sparsespec-profile is 'rounds.json'; it must be left out without --sparsespec-adaptive.",
             "add --sparsespec",

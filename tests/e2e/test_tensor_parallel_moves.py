@@ -37,7 +37,8 @@ OPTIONS = (
 )
 CHECKS = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
 SERVERS = {
-    "overlap-page1-radix": "--page-size 1",
+    # plain rounds among the others: requests leave with selections that are too old to draft from
+    "overlap-page1-radix": "--page-size 1 --sparsespec-verify-attention fused",
     "sync-page16-chunked": "--page-size 16 --disable-overlap-schedule --chunked-prefill-size 64 "
     "--schedule-conservativeness 0.01",
 }

@@ -382,7 +382,7 @@ def test_plain_steps_are_timed_by_the_schedulers_own_clock(monkeypatch: pytest.M
     found = [json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()]
     assert [line[4] for line in found] == [None, 4.0, None, 5.0]
     assert found[0][1:4] == [2, 0, 30]
-    assert found[0][5:] == [[0, 0], "plain"]
+    assert found[0][5:] == [[0, 0], "plain", 1]
 
 
 def test_servers_run_the_batches_of_the_cells(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
