@@ -52,8 +52,8 @@ SERVERS = {
         "--sparsespec-min-budget=16",
         "--sparsespec-schedule=unified",
     ),
-    # another k every few rounds, plain rounds among them, n-gram guesses, and requests that use one draft at most beside
-    # those that use all
+    # another k every few rounds, plain rounds among them, n-gram guesses, and requests that use one draft at most
+    # beside those that use all
     "changing-k": (
         "--sparsespec-draft-sampling=sampled",
         "--sparsespec-min-budget=16",
