@@ -211,6 +211,8 @@ class SparseSpecWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         self._steps.interrupted()
         result = self._target_worker.forward_batch_generation(batch, capture_hidden_mode=CaptureHiddenMode.NULL)
+        lens = batch.seq_lens.to(torch.int32)
+        self._backend.select_after_prefill(batch.req_pool_indices, lens, int(batch.seq_lens_cpu.max()))
         self._ranks.agree(result.next_token_ids)
         result.new_seq_lens = batch.seq_lens
         if on_publish is not None:

@@ -399,6 +399,9 @@ def _capture_bytes(model: ModelShape, rounds: RoundShape) -> int:
     if rounds.max_budget == 0:
         # a policy that selects for every draft step scores all requests at once
         return rounds.max_reqs * request
+    if rounds.is_fused:
+        # behind a prefill: how new each position is, the same as keys, and what of it is kept
+        return 3 * 4 * rounds.max_reqs * rounds.context_len
     if not rounds.needs_scores:
         return 0
     scores = min(rounds.max_reqs * request, max(SCORE_BYTES, request))

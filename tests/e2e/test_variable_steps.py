@@ -181,7 +181,8 @@ def test_every_k_has_run(switching: tuple[Server, Path], name: str) -> None:
     steps = random_steps.chosen(switching[1])
     counts = Counter(steps)
     assert set(counts) == set(range(NUM_STEPS[name] + 1)), counts
-    assert min(counts.values()) > 5, counts
+    # rounds behind a plain one make a selection first
+    assert min(counts.values()) > (2 if name.startswith("plain") else 5), counts
     assert sum(first != second for first, second in pairwise(steps)) > len(steps) / 5
     plain = Counter(random_steps.plain_steps(switching[1]))
     if name.startswith("plain"):
