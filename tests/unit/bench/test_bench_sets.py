@@ -117,6 +117,18 @@ def test_full_has_what_is_switched_and_what_is_varied(h100: Machine, request_: R
     assert {scene.pool_share for job in plan.jobs if job is not small_pool for scene in job.scenes} == {1.0}
 
 
+def test_policies_and_schedules_are_compared_at_a_fixed_k(h100: Machine, request_: Request) -> None:
+    """On a GPU k is chosen by default: half of a policy's rounds might be plain decoding."""
+    named = dataclasses.replace(request_, named=("mine=--speculative-num-steps 4",))
+    for plan in (sets.full(h100, request_), sets.schedules(h100, named)):
+        for job in plan.jobs:
+            for contender in job.contenders:
+                if not contender.name.startswith("sparsespec/"):
+                    continue
+                fixed = contender.option("--no-sparsespec-adaptive") is not None
+                assert fixed is (contender.name not in ("sparsespec/adaptive", "sparsespec/mine")), contender
+
+
 def test_eagle3_on_shapes_is_skipped_for_its_own_reason(h100: Machine, request_: Request) -> None:
     """A user who gave a draft model was told to give one."""
     plan = sets.full(h100, dataclasses.replace(request_, eagle3_draft="/draft"))

@@ -133,6 +133,8 @@ def test_nothing_is_counted_for_what_does_not_run() -> None:
     adaptive = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4], narrower=(1, 2, 3, 5)), 370_000)
     assert adaptive.graphs == 6 * 4 * memory.GRAPH_BYTES
     assert dataclasses.replace(adaptive, graphs=fewer.graphs) == fewer
+    plain = plan_memory(QWEN3_8B, rounds(128, batch_sizes=CAPTURED[:4], narrower=(1, 2, 3, 5), has_plain=True), 370_000)
+    assert plain.graphs == 7 * 4 * memory.GRAPH_BYTES
 
 
 def test_unified_rounds_keep_drafts_and_capture_mixed_forwards() -> None:
