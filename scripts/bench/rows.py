@@ -108,7 +108,8 @@ def watch(model: Path, schedule: str, args: argparse.Namespace, prompts: Sequenc
         env: dict[str, str | None] = dict.fromkeys(SIMULATION)
         if args.model is None:
             env |= {"SGLANG_SIMULATE_ACC_LEN": str(args.accept_length)}
-        ours = ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-schedule", schedule]
+        fixed = "--no-sparsespec-adaptive"
+        ours = ["--speculative-algorithm", "SPARSESPEC", fixed, "--sparsespec-schedule", schedule]
         ours += ["--sparsespec-verify-attention", "fused", "--max-running-requests", str(args.batch)]
         # on a CPU the server would take the machine's memory
         longest = max(map(len, prompts)) + args.new_tokens + RESERVE_TOKENS

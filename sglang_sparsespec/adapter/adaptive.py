@@ -69,7 +69,8 @@ class _InFlight(NamedTuple):
     is_steady: bool
     """Whether nothing else ran before it, and it is of a kind whose time is of interest."""
     schedule: str
-    reqs: Sequence[Req]
+    decoded: tuple[Req, ...] = ()
+    """Requests of a plain round."""
     is_schedule_try: bool = False
     """Whether its schedule is not the one that is kept: its time says nothing of its k."""
     drafted: ToHost | None = None
@@ -147,7 +148,8 @@ class RoundSteps:
         self._is_stale = plain_steps > 0
         schedule = self._agreed_schedule(chosen)
         is_try = self._choice is not None and chosen.num_steps == self.max_steps and self._choice.is_try(schedule)
-        self._in_flight.append(_InFlight(chosen, self._is_steady and not is_refresh, schedule, reqs, is_try))
+        decoded = tuple(reqs) if plain_steps > 0 else ()
+        self._in_flight.append(_InFlight(chosen, self._is_steady and not is_refresh, schedule, decoded, is_try))
         self._is_steady = True
         if len(self._in_flight) > _MAX_IN_FLIGHT:
             self._in_flight.popleft()
@@ -232,16 +234,15 @@ class RoundSteps:
         self._arrived = arrived
         if not self._in_flight:
             return
-        done, is_steady, schedule, reqs, is_schedule_try, drafted = self._in_flight.popleft()
+        done, is_steady, schedule, decoded, is_schedule_try, drafted = self._in_flight.popleft()
         if len(done.allowed) != len(num_correct):
             # not ours: forget what is in flight rather than mix rounds up
             self._in_flight.clear()
             return
-        if done.plain_steps > 1:
-            # to SGLang's counters a token of a plain decode is a verify without a draft
-            for req in reqs:
-                if not (req.is_retracted or req.finished()):
-                    req.spec_verify_ct += done.plain_steps - 1
+        for req in decoded:
+            # to SGLang's counters a token of a plain decode is a verify without a draft; the round it counts itself
+            if not (req.is_retracted or req.finished()):
+                req.spec_verify_ct += done.plain_steps - 1
         round_ms = 1e3 * (arrived - before) if is_steady and before is not None else None
         if self._choice is not None and done.num_steps == self.max_steps:
             # a round of another k is no measure of either
