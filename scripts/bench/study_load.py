@@ -24,7 +24,7 @@ from sglang_sparsespec.bench.server import ServerError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from study_book import Allowance, Book
@@ -39,6 +39,8 @@ POLL_S = 0.01
 # seconds beyond --seconds until the last answer, before one was measured
 FIRST_GUESS_S = 10.0
 NUM_TEXTS = 64
+# of the load before the load: requests at most, and seconds
+WARM_PEAK, WARM_S = 8, 1.0
 
 
 class Sizes(NamedTuple):
@@ -109,16 +111,23 @@ async def _drive(url: str, texts: Sequence[Sequence[int]], sizes: Sizes, peak: i
     return answers
 
 
-def over_time(rounds: Sequence[RoundLine], began: float, ended: float) -> tuple[list[float], list[float]]:
-    """(tokens, requests running on the average of rounds) of each second, by the server's rounds; 0 without any."""
+def over_time(rounds: Sequence[RoundLine], began: float, ended: float) -> tuple[list[float], list[float], list[float]]:
+    """(tokens, requests running, k) of each second, the latter on the average of rounds; 0 without any."""
     tokens = [0.0] * (int(ended - began) + 1)
-    running: list[list[int]] = [[] for _ in tokens]
+    found: list[list[RoundLine]] = [[] for _ in tokens]
     for line in rounds:
         if began <= line.time <= ended:
             second = int(line.time - began)
             tokens[second] += line.tokens
-            running[second].append(line.num_reqs)
-    return tokens, [round(statistics.fmean(found), 1) if found else 0.0 for found in running]
+            found[second].append(line)
+    running = [mean(line.num_reqs for line in lines) for lines in found]
+    return tokens, running, [mean(line.num_steps for line in lines) for lines in found]
+
+
+def mean(values: Iterable[int]) -> float:
+    """With one decimal; 0 without any."""
+    taken = list(values)
+    return round(statistics.fmean(taken), 1) if taken else 0.0
 
 
 def one_load(
@@ -129,7 +138,7 @@ def one_load(
     answers = asyncio.run(_drive(watched.server.url, texts, sizes, peak, seconds))
     began, ended = min(a.sent for a in answers), max(a.ended for a in answers)
     rounds = watched.new_rounds()
-    tokens, running = over_time(rounds, began, ended)
+    tokens, running, steps = over_time(rounds, began, ended)
     latencies = sorted(a.ended - a.sent for a in answers)
     total = sum(a.tokens for a in answers)
     return {
@@ -142,7 +151,13 @@ def one_load(
         "latency_p99_s": round(latencies[int(0.99 * (len(latencies) - 1))], 3),
         "tokens_over_time": tokens,
         "running_over_time": running,
+        "k_over_time": steps,
     }
+
+
+def warm_up(watched: Watched, texts: Sequence[Sequence[int]], sizes: Sizes, peak: int) -> None:
+    """Kernels load and compile where they are first met."""
+    asyncio.run(_drive(watched.server.url, texts, sizes, min(peak, WARM_PEAK), WARM_S))
 
 
 def run_loads(
@@ -162,6 +177,8 @@ def run_loads(
     sizes, peak = TINY_SIZES if args.tiny else SIZES, max(args.batches)
     texts = source.prompts(Scene(NUM_TEXTS, min(2 * sizes.longest, target.shape.context), 1), seed=0)
     rates = None if args.model else [args.rates[len(args.rates) // 2]]
+    for server in (plain, study):
+        warm_up(server, texts, sizes, peak)
     for who, k in wanted_loads(study.choices()):
         thing = load_of(args, who)
         if book.has(thing):
@@ -169,17 +186,16 @@ def run_loads(
         extra = max((r["wall_s"] - r["seconds"] for r in book.of("result", WHAT)), default=FIRST_GUESS_S)
         if not time_left.allows(args.seconds + 1.2 * extra + 2):
             return False
-        watched: Watched = plain
         if who != "plain":
-            watched = study
             study.set(k, rates, fresh=k is None)
+        contender: Watched = plain if who == "plain" else study
         try:
-            book.note("result", thing, one_load(watched, texts, sizes, peak, args.seconds))
+            book.note("result", thing, one_load(contender, texts, sizes, peak, args.seconds))
             shown = {key: value for key, value in book.of("result", WHAT)[-1].items() if key in ("who", "tokens_per_s")}
             print(json.dumps(shown), file=sys.stderr, flush=True)
         except FAILURES as error:
             book.note_failure(thing, error)
-            watched.require_alive()
+            contender.require_alive()
     return True
 
 

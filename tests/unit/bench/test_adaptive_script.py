@@ -463,7 +463,7 @@ def test_what_ran_stands_in_its_second(load: ModuleType, rounds_of: ModuleType) 
         rounds_of.RoundLine(at, len(stood), 2, 100, 5.0, stood, "turn 0")
         for at, stood in ((10.1, [1]), (11.5, [2, 0]), (11.9, [0, 0, 0, 0]), (13.2, [1]), (99.0, [1]))
     ]
-    assert load.over_time(lines, 10.0, 13.5) == ([2, 8, 0, 2], [1.0, 3.0, 0.0, 1.0])
+    assert load.over_time(lines, 10.0, 13.5) == ([2, 8, 0, 2], [1.0, 3.0, 0.0, 1.0], [2.0, 2.0, 0.0, 2.0])
 
 
 def test_load_goes_on_with_the_contender_that_is_missing(
@@ -479,6 +479,8 @@ def test_load_goes_on_with_the_contender_that_is_missing(
         return {"tokens_per_s": 100.0, "wall_s": seconds + 1}
 
     monkeypatch.setattr(load, "one_load", one_load)
+    warm: list[str] = []
+    monkeypatch.setattr(load, "warm_up", lambda watched, *args: warm.append(watched.name))
     plain = SimpleNamespace(name="plain", now=None)
     study = SimpleNamespace(name="study", now=None, choices=lambda: (0, 4), require_alive=lambda: None)
 
@@ -503,6 +505,8 @@ def test_load_goes_on_with_the_contender_that_is_missing(
     assert go(None)
     assert ran[4:] == [("study", (None, True))]
     assert go(1.0)
+    # in each call, each server
+    assert warm == ["plain", "study"] * 4
 
 
 def test_load_has_a_verdict(load: ModuleType) -> None:
