@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-MIN_BUDGET = 32
+MIN_BUDGET = 64
 PILLAR = {
     "--sparsespec-selection": "pillar",
     "--sparsespec-min-budget": str(MIN_BUDGET),
@@ -308,4 +308,5 @@ def test_selected_drafts_are_accepted_beyond_chance(server: Server, name: str) -
     rounds = sum(output["meta_info"]["spec_verify_ct"] for output in outputs)
     accept_length = sum(output["meta_info"]["completion_tokens"] for output in outputs) / rounds
     print(f"accept length with {MIN_BUDGET} of 300 to 360 tokens: {accept_length:.2f} of {num_steps(name) + 1}")
-    assert accept_length > 1.5
+    # random tokens: 1.39; the worst of these servers, without scores of the prompt: 1.77
+    assert accept_length > 1.6
