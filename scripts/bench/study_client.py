@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 from study_rounds import RoundLine, RoundsFile, plain_point
@@ -18,7 +18,7 @@ from sglang_sparsespec.bench.server import Server, ServerError
 from sglang_sparsespec.config import SparseSpecConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 ROUND_TIMEOUT_S = 60.0
@@ -37,6 +37,13 @@ SWITCH_ROUNDS = 1
 DEATH_S = 3.0
 # of a server, in whatever call it shows
 FAILURES = (ServerError, requests.RequestException)
+
+
+def write_control(path: Path, settings: Mapping[str, Any]) -> None:
+    """Whole or not at all: the server may look at any moment."""
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(settings))
+    draft.replace(path)
 
 
 class RequestsEndedError(RuntimeError):
@@ -166,11 +173,7 @@ class Study(Watched):
         """From the next round on; returns the label that its rounds carry."""
         self._fresh += fresh
         label = f"turn {next(self._labels)}"
-        written = json.dumps({"k": k, "rates": rates, "fresh": self._fresh, "label": label})
-        # whole or not at all: the server may look at any moment
-        draft = self._control.with_suffix(".new")
-        draft.write_text(written)
-        draft.replace(self._control)
+        write_control(self._control, {"k": k, "rates": rates, "fresh": self._fresh, "label": label})
         return label
 
     def turn(

@@ -11,11 +11,14 @@ CONTROL is a JSON file, read again when it has changed:
             each request and position (the last number serves for all further positions); the output is then not the
             model's. null: acceptance as it is
     fresh   any number; when it changes, a new controller begins, which has seen nothing
+    schedule  of rounds with as many drafts as the server is set to, on a server with --sparsespec-schedule auto; null:
+            it chooses
     label   any text, for the record
 
-Rounds with a k from outside teach the controller nothing. Every round whose results have arrived is a line in
+Rounds with a k or a schedule from outside teach the server nothing. Every round whose results have arrived is a line in
 CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, drafts that stood by request, label,
-tokens that each request decoded if k = 0]. Rounds that only make a new selection have no milliseconds.
+tokens that each request decoded if k = 0]. Rounds that only make a new selection have no milliseconds. With schedule
+auto each round of all drafts is a line in CONTROL.schedules as well: [requests, milliseconds or null, its schedule].
 
 A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
 label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
@@ -49,6 +52,11 @@ def rounds_file(control: Path) -> Path:
     return control.with_name(control.name + ".rounds")
 
 
+def schedules_file(control: Path) -> Path:
+    """Where the schedules of its rounds are written."""
+    return control.with_name(control.name + ".schedules")
+
+
 class Control:
     """The file, as it was when it last changed."""
 
@@ -56,6 +64,7 @@ class Control:
         self._path, self._changed = path, 0
         self.now: dict[str, Any] = {}
         self.rounds = rounds_file(path).open("a", buffering=1)
+        self.schedules = schedules_file(path).open("a", buffering=1)
         self._generator: torch.Generator | None = None
 
     def read(self) -> None:
@@ -120,9 +129,32 @@ def install(control: Control) -> None:
             return acceptance
         return accept_simulated(drafts.tokens, acceptance.bonus_tokens, num_correct, limits)
 
+    install_schedules(control, adaptive)
     adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
     Controller.observe = observe  # type: ignore[method-assign]
     sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
+
+
+def install_schedules(control: Control, adaptive: Any) -> None:
+    """Replace what chooses the schedule, and what takes in times of both; `adaptive` is the module of RoundSteps."""
+    from sglang_sparsespec.speculation.schedule_choice import ScheduleChoice
+
+    choose, learn = adaptive.RoundSteps._agreed_schedule, ScheduleChoice.observe
+
+    def agreed(self: Any, chosen: Any) -> str:
+        wanted = control.now.get("schedule")
+        if wanted is None or self._choice is None or chosen.num_steps != self.max_steps:
+            return choose(self, chosen)
+        return wanted
+
+    def observe(self: Any, schedule: str, num_reqs: int, pool_tokens: int, round_ms: float | None) -> None:
+        control.schedules.write(json.dumps([num_reqs, round_ms, schedule]) + "\n")
+        # a schedule is set while the server is idle: this holds of the round as well
+        if control.now.get("schedule") is None:
+            learn(self, schedule, num_reqs, pool_tokens, round_ms)
+
+    adaptive.RoundSteps._agreed_schedule = agreed
+    ScheduleChoice.observe = observe  # type: ignore[method-assign]
 
 
 def write_round(

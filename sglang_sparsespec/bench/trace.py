@@ -45,15 +45,19 @@ WRITE_S = 10.0
 """Seen: 3 to 8 s."""
 
 
-def record(server: Server, source: PromptSource, scene: Scene, folder: Path) -> Path:
+def record(server: Server, source: PromptSource, scene: Scene, folder: Path, *, keeps_cache: bool = False) -> Path:
     """Trace `NUM_ROUNDS` iterations at the end of a scene, all its requests running; returns the trace's file.
+
+    Args:
+        keeps_cache: whether prompts may be in the radix cache; else it is emptied before.
 
     Raises:
         ServerError: if the batch never was full, or no trace appeared.
     """
     length = scene.prompt_tokens + scene.new_tokens - NEW_TOKENS
     end = replace(scene, prompt_tokens=max(1, length), new_tokens=NEW_TOKENS, num_slices=1)
-    server.flush_cache()
+    if not keeps_cache:
+        server.flush_cache()
     before = set(folder.glob("**/*.trace.json.gz"))
     errors: list[BaseException] = []
 
