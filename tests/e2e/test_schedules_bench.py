@@ -1,4 +1,4 @@
-"""scripts/bench/schedules.py from end to end on a tiny model: schedules change within one server, and a call goes on."""
+"""scripts/bench/schedules.py from end to end on a tiny model: schedules change within one server."""
 
 from __future__ import annotations
 
