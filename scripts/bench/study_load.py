@@ -39,8 +39,8 @@ POLL_S = 0.01
 # seconds beyond --seconds until the last answer, before one was measured
 FIRST_GUESS_S = 10.0
 NUM_TEXTS = 64
-# of the load before the load: requests at most, and seconds
-WARM_PEAK, WARM_S = 8, 1.0
+# seconds of the load before the load, on each k; and its answers, an eighth of the load's
+WARM_S, WARM_SHARE = 1.5, 8
 
 
 class Sizes(NamedTuple):
@@ -156,8 +156,9 @@ def one_load(
 
 
 def warm_up(watched: Watched, texts: Sequence[Sequence[int]], sizes: Sizes, peak: int) -> None:
-    """Kernels load and compile where they are first met."""
-    asyncio.run(_drive(watched.server.url, texts, sizes, min(peak, WARM_PEAK), WARM_S))
+    """Kernels load and compile, and memory is set aside, where they are first met: with every batch, up and down."""
+    shortest, longest = (max(1, tokens // WARM_SHARE) for tokens in sizes.answers)
+    asyncio.run(_drive(watched.server.url, texts, sizes._replace(answers=(shortest, longest)), peak, WARM_S))
 
 
 def run_loads(
@@ -177,8 +178,10 @@ def run_loads(
     sizes, peak = TINY_SIZES if args.tiny else SIZES, max(args.batches)
     texts = source.prompts(Scene(NUM_TEXTS, min(2 * sizes.longest, target.shape.context), 1), seed=0)
     rates = None if args.model else [args.rates[len(args.rates) // 2]]
-    for server in (plain, study):
-        warm_up(server, texts, sizes, peak)
+    warm_up(plain, texts, sizes, peak)
+    for k in study.choices():
+        study.set(k, rates)
+        warm_up(study, texts, sizes, peak)
     for who, k in wanted_loads(study.choices()):
         thing = load_of(args, who)
         if book.has(thing):

@@ -479,12 +479,12 @@ def test_load_goes_on_with_the_contender_that_is_missing(
         return {"tokens_per_s": 100.0, "wall_s": seconds + 1}
 
     monkeypatch.setattr(load, "one_load", one_load)
-    warm: list[str] = []
-    monkeypatch.setattr(load, "warm_up", lambda watched, *args: warm.append(watched.name))
+    warm: list[tuple[str, Any]] = []
+    monkeypatch.setattr(load, "warm_up", lambda watched, *args: warm.append((watched.name, watched.now)))
     plain = SimpleNamespace(name="plain", now=None)
     study = SimpleNamespace(name="study", now=None, choices=lambda: (0, 4), require_alive=lambda: None)
 
-    def set_steps(k: int | None, rates: Any, *, fresh: bool) -> None:
+    def set_steps(k: int | None, rates: Any, *, fresh: bool = False) -> None:
         assert rates == [0.7]
         study.now = (k, fresh)
 
@@ -505,8 +505,8 @@ def test_load_goes_on_with_the_contender_that_is_missing(
     assert go(None)
     assert ran[4:] == [("study", (None, True))]
     assert go(1.0)
-    # in each call, each server
-    assert warm == ["plain", "study"] * 4
+    # in each call, each server, and each k of ours
+    assert warm == [("plain", None), ("study", (0, False)), ("study", (4, False))] * 4
 
 
 def test_load_has_a_verdict(load: ModuleType) -> None:
