@@ -329,8 +329,12 @@ class SparseSpecConfig:
         on a GPU whose rounds run from graphs and leave nothing out (measured: docs/results.md, "Adaptive k")."""
         if self.adaptive is not None:
             return self.adaptive
-        is_measured = device != "cpu" and self.verify_attention == "fused" and not self.verify_sparsity
-        return self.profile is not None or is_measured
+        return self.profile is not None or (device != "cpu" and self.decodes_plainly)
+
+    @property
+    def decodes_plainly(self) -> bool:
+        """Whether a round may do without a verify: the fused one's forward serves, unless it leaves something out."""
+        return self.verify_attention == "fused" and not self.verify_sparsity
 
     @property
     def step_choices(self) -> tuple[int, ...]:
@@ -343,9 +347,7 @@ class SparseSpecConfig:
     @property
     def most_plain_steps(self) -> int:
         """Decode steps of a round that neither drafts nor verifies; 0: there are none, and every round verifies."""
-        if not self.adaptive or self.verify_attention != "fused" or self.verify_sparsity:
-            return 0
-        return min(self.plain_steps, self.num_draft_tokens)
+        return min(self.plain_steps, self.num_draft_tokens) if self.adaptive and self.decodes_plainly else 0
 
     @property
     def draft_tail(self) -> int:

@@ -41,15 +41,12 @@ from study_client import FAILURES, PlainServer, Study
 from study_load import WHAT as LOAD
 from study_load import load_of, load_verdict, loads_table, plot_loads, run_loads
 from study_server import COMMAND, CONTROL, PLAIN
+from study_target import MET, MISSED, TIME_IS_UP, add_target, open_book, target_of
 
-from sglang_sparsespec.bench.cells import Target
 from sglang_sparsespec.bench.measure import PromptSource
 from sglang_sparsespec.bench.planner import SIMULATION, SPARE_REQUESTS
-from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.server import Server, has_gpu
-from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 
-MET, MISSED, TIME_IS_UP = 0, 1, 3
 # what SGLang sets aside for the rest of each request before it admits another: requests of a study are told to say far
 # more than they will, and are aborted
 ADMISSION = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "512"}
@@ -58,10 +55,7 @@ ADMISSION = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "512"}
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cells", "load"))
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="real weights, real acceptance")
-    model.add_argument("--shape", choices=sorted(SHAPES), help="random weights, simulated acceptance")
-    model.add_argument("--tiny", action="store_true", help="a tiny random model, simulated acceptance")
+    add_target(parser)
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="the largest is the load's peak"
     )
@@ -131,25 +125,11 @@ def start(
     return PlainServer(plain, plain_control), Study(study, control)
 
 
-def model_of(args: argparse.Namespace, folder: Path) -> Path:
-    if args.shape:
-        return write_shape(args.shape, folder / args.shape)
-    if args.tiny:
-        from sglang_sparsespec.model_tools.tiny import write_tiny_model
-
-        return write_tiny_model(folder / "tiny", context=8192)
-    return args.model
-
-
 def book_of(args: argparse.Namespace) -> Book:
-    facts = provenance()
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "sources")}
-    context["model"] = args.shape or ("tiny" if args.tiny else str(args.model.resolve()))
     # not the batches: a cell is the same whatever other cells are asked for
-    context["options"] = [args.pool, args.plain_tokens, args.server_arg, args.spec_arg]
+    options = [args.pool, args.plain_tokens, args.server_arg, args.spec_arg]
     acceptance = "real" if args.model else "SIMULATED"
-    ours = [*server_args(args), *spec_args(args)]
-    return Book(args.json, context, {"acceptance": acceptance, "server_args": ours, "provenance": facts})
+    return open_book(args, options, {"acceptance": acceptance, "server_args": [*server_args(args), *spec_args(args)]})
 
 
 def is_complete(args: argparse.Namespace, book: Book) -> bool:
@@ -166,10 +146,9 @@ def measure(args: argparse.Namespace, book: Book, time_left: Allowance) -> int:
     run = run_cells if args.what == "cells" else run_loads
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
-        model = model_of(args, folder)
-        target = Target(model.name, str(model), "bfloat16", read_shape(model), has_weights=args.model is not None)
+        target = target_of(args, folder)
         try:
-            plain, study = start(args, model, folder, stack)
+            plain, study = start(args, Path(target.path), folder, stack)
             is_whole = run(args, book, time_left, plain, study, target, PromptSource(target))
         except FAILURES as error:
             # a dead server ends the call; what was measured is on file

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rows_server import ROWS
+from study_target import add_target, target_of
 
 from sglang_sparsespec.bench import measure
-from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene, Target
+from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene
 from sglang_sparsespec.bench.client import run_requests
 from sglang_sparsespec.bench.planner import SIMULATION
 from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.server import Server, has_gpu
-from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,10 +128,7 @@ def watch(model: Path, schedule: str, args: argparse.Namespace, prompts: Sequenc
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="real weights, real acceptance")
-    model.add_argument("--shape", choices=sorted(SHAPES), help="random weights, simulated acceptance")
-    model.add_argument("--tiny", action="store_true", help="a tiny random model, simulated acceptance")
+    add_target(parser)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=200)
@@ -142,17 +139,10 @@ def main() -> int:
     parser.add_argument("--span", type=int, default=36, help="forwards in the plot and in the JSON lines")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        path = args.model
-        if args.shape:
-            path = write_shape(args.shape, Path(folder) / args.shape)
-        elif args.tiny:
-            from sglang_sparsespec.model_tools.tiny import write_tiny_model
-
-            path = write_tiny_model(Path(folder) / "tiny", context=8192)
-        target = Target(path.name, str(path), "bfloat16", read_shape(path), has_weights=args.model is not None)
+        target = target_of(args, Path(folder))
         scene = Scene(args.batch, args.context, args.new_tokens)
         prompts = measure.PromptSource(target).prompts(scene, seed=0)
-        found = {schedule: steady(watch(path, schedule, args, prompts)) for schedule in SCHEDULES}
+        found = {schedule: steady(watch(Path(target.path), schedule, args, prompts)) for schedule in SCHEDULES}
     print("| schedule | rows of a forward, by kind | mean | highest over mean | share of time in the highest |")
     print("|---|---|---|---|---|")
     lines = []

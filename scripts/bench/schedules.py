@@ -20,7 +20,6 @@ something failed; 3: --max-minutes were up before the end.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -28,20 +27,20 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study_book import Allowance, Book
-from study_client import FAILURES, write_control
+from study_book import Allowance
+from study_client import DEATH_S, FAILURES, write_control
+from study_rounds import LinesFile
 from study_server import COMMAND, CONTROL, schedules_file
+from study_target import MET, MISSED, TIME_IS_UP, add_target, open_book, target_of
 
 from sglang_sparsespec.bench import contenders as who
-from sglang_sparsespec.bench.cells import Job, Scene, Target
+from sglang_sparsespec.bench.cells import Job, Scene
 from sglang_sparsespec.bench.client import run_requests
 from sglang_sparsespec.bench.machine import detect
 from sglang_sparsespec.bench.measure import PromptSource, summarise
 from sglang_sparsespec.bench.planner import common_args, environment
-from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.server import Server
 from sglang_sparsespec.bench.sets import FILL_TOKENS, SCHEDULE_BATCHES, fill_tokens
-from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
 from sglang_sparsespec.bench.trace import record
 from sglang_sparsespec.bench.trace import summarise as summarise_trace
 from sglang_sparsespec.bench.window import NoSteadyStateError
@@ -50,9 +49,11 @@ from sglang_sparsespec.config import SCHEDULES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from study_book import Book
+
+    from sglang_sparsespec.bench.cells import Target
     from sglang_sparsespec.bench.machine import Machine
 
-MET, MISSED, TIME_IS_UP = 0, 1, 3
 # the bound that is asked for
 OVER_BETTER = 0.97
 PLAIN, OURS = "plain", "sparsespec"
@@ -68,10 +69,7 @@ TURN = ("tokens_per_s", "accept_length", "round_ms", "itl_p50_ms", "itl_p99_ms",
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--model", type=Path, help="real weights, real acceptance")
-    model.add_argument("--shape", choices=sorted(SHAPES), help="random weights, simulated acceptance")
-    model.add_argument("--tiny", action="store_true", help="a tiny random model, simulated acceptance")
+    add_target(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=list(SCHEDULE_BATCHES))
     parser.add_argument("--new-tokens", type=int, help="of an answer; default 384, tiny 96")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each schedule; two thirds as many of plain")
@@ -105,6 +103,13 @@ def order_of(repeat: int) -> list[str]:
     """Who takes turns, and every other time the other way round: what drifts weighs on all alike."""
     order = [SCHEDULES[2], *SCHEDULES[:2]]
     return order[::-1] if repeat % 2 else order
+
+
+def turns_of(name: str, repeats: int) -> list[tuple[int, str]]:
+    """(repeat, schedule) of each turn on a server, in order."""
+    if name == PLAIN:
+        return [(repeat, PLAIN) for repeat in range(max(1, round(2 * repeats / 3)))]
+    return [(repeat, schedule) for repeat in range(repeats) for schedule in order_of(repeat)]
 
 
 class Bench:
@@ -149,49 +154,45 @@ class Bench:
             for scene in self.scenes:
                 if self.book.has(self.thing(name, scene)):
                     continue
-                repeats = self.args.repeats if name == OURS else max(1, round(2 * self.args.repeats / 3))
-                turns = repeats * (len(SCHEDULES) if name == OURS else 1) + 1
-                if not self.time_left.allows(turns * 1.3 * (self._slowest_s or FIRST_TURN_S) + FIRST_PREFILL_S):
+                turns = turns_of(name, self.args.repeats)
+                predicted_s = 1.3 * (1 + len(turns)) * (self._slowest_s or FIRST_TURN_S) + FIRST_PREFILL_S
+                if not self.time_left.allows(predicted_s):
                     return False
                 try:
-                    found = self._scene(server, name, scene, control, repeats)
+                    found = self._scene(server, scene, control, turns)
                     traces = self._traces(server, scene, control) if name == OURS and self.args.profile else {}
                 except (NoSteadyStateError, *FAILURES) as error:
                     self.book.note_failure(self.thing(name, scene), error)
-                    time.sleep(1)
+                    time.sleep(DEATH_S)
                     server.check_alive("at the failure")
                     continue
                 self.book.note("result", self.thing(name, scene), {"turns": found, "traces": traces})
                 print(describe(name, scene, found), file=sys.stderr, flush=True)
         return True
 
-    def _scene(self, server: Server, name: str, scene: Scene, control: Path, repeats: int) -> list[dict[str, Any]]:
+    def _scene(
+        self, server: Server, scene: Scene, control: Path, turns: Sequence[tuple[int, str]]
+    ) -> list[dict[str, Any]]:
         server.flush_cache()
         prompts = self.source.prompts(scene, seed=0)
         # prefills, compiles, and shows `auto` both schedules
         write_control(control, {})
         self._load(server, scene, prompts)
         found = []
-        for repeat in range(repeats):
-            for schedule in order_of(repeat) if name == OURS else [PLAIN]:
-                write_control(control, {"schedule": schedule if schedule in SCHEDULES[:2] else None})
-                found.append({"schedule": schedule, "repeat": repeat, **self._turn(server, scene, prompts, control)})
+        for repeat, schedule in turns:
+            write_control(control, {"schedule": schedule if schedule in SCHEDULES[:2] else None})
+            found.append({"schedule": schedule, "repeat": repeat, **self._turn(server, scene, prompts, control)})
         return found
 
     def _turn(self, server: Server, scene: Scene, prompts: list[list[int]], control: Path) -> dict[str, Any]:
-        file = schedules_file(control)
-        written = file.stat().st_size if file.exists() else 0
+        rounds = LinesFile(schedules_file(control))
+        rounds.new()
         began = time.monotonic()
         numbers = summarise(self._load(server, scene, prompts), [], scene)
         self._slowest_s = max(self._slowest_s, time.monotonic() - began)
         turn = {key: numbers[key] for key in TURN}
-        if file.exists():
-            with file.open() as lines:
-                lines.seek(written)
-                rounds = [json.loads(line) for line in lines]
-            ran = [schedule for num_reqs, _, schedule in rounds if num_reqs == scene.batch]
-            turn["rounds"] = {schedule: ran.count(schedule) for schedule in SCHEDULES[:2]}
-        return turn
+        ran = [schedule for num_reqs, _, schedule in rounds.new() if num_reqs == scene.batch]
+        return {**turn, "rounds": {schedule: ran.count(schedule) for schedule in SCHEDULES[:2]}}
 
     def _traces(self, server: Server, scene: Scene, control: Path) -> dict[str, Any]:
         found = {}
@@ -291,32 +292,12 @@ def is_met(turns: Sequence[dict[str, Any]]) -> bool:
     return is_forced(turns) and statistics.median(over_better(turns)[1]) >= OVER_BETTER
 
 
-def target_of(args: argparse.Namespace, folder: Path) -> Target:
-    if args.model:
-        path = args.model
-    elif args.shape:
-        path = write_shape(args.shape, folder / args.shape)
-    else:
-        from sglang_sparsespec.model_tools.tiny import write_tiny_model
-
-        path = write_tiny_model(folder / "tiny", context=2048)
-    dtype = "bfloat16" if detect().has_gpu else "float32"
-    return Target(path.name, str(path), dtype, read_shape(path), has_weights=args.model is not None)
-
-
-def book_of(args: argparse.Namespace) -> Book:
-    facts = provenance()
-    context = {name: facts[name] for name in ("machine", "driver", "python", "versions", "commit", "sources")}
-    context["model"] = args.shape or ("tiny" if args.tiny else str(args.model.resolve()))
-    context["options"] = [args.repeats, None if args.model else args.accept_length, args.spec_arg]
-    acceptance = "real" if args.model else f"SIMULATED, {args.accept_length}"
-    return Book(args.json, context, {"acceptance": acceptance, "provenance": facts})
-
-
 def main() -> int:
     began = time.monotonic()
     args = arguments()
-    book = book_of(args)
+    length = None if args.model else args.accept_length
+    acceptance = "real" if args.model else f"SIMULATED, {length} tokens a round, bonus counted"
+    book = open_book(args, [args.repeats, length, args.spec_arg], {"acceptance": acceptance})
     code = MET
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -330,7 +311,7 @@ def main() -> int:
                 print(f"the call ends: {error}", file=sys.stderr, flush=True)
                 code = MISSED
                 break
-    print(f"acceptance: {'real' if args.model else f'SIMULATED, {args.accept_length} tokens a round, bonus counted'}\n")
+    print(f"acceptance: {acceptance}\n")
     print(table(book))
     if code == TIME_IS_UP:
         print("\ntime is up; the same command goes on")

@@ -44,13 +44,13 @@ class RoundLine(NamedTuple):
         return expected_tokens(rates, self.num_steps) if self.num_steps > 0 else self.plain_steps
 
 
-class RoundsFile:
-    """Lines of a file that grows, each read once."""
+class LinesFile:
+    """JSON lines of a file that grows, each read once."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
-    def new(self) -> list[RoundLine]:
+    def new(self) -> list[Any]:
         """Whole lines that were written since the last call."""
         if not self._path.exists():
             return []
@@ -59,7 +59,14 @@ class RoundsFile:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        return [RoundLine(*json.loads(line)) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+class RoundsFile(LinesFile):
+    """The same of rounds."""
+
+    def new(self) -> list[RoundLine]:
+        return [RoundLine(*line) for line in super().new()]
 
 
 def expected_tokens(rates: Sequence[float], num_steps: int) -> float:

@@ -142,9 +142,9 @@ class RoundSteps:
         elif chosen.num_steps > 0 and self._is_stale:
             # drafts would not see all that came since the selection was made: first a verify makes a new one
             is_refresh = True
-            chosen = Round(0, pool_tokens, (0,) * len(reqs))
             if self.controller is not None:
-                self.controller.deferred()
+                self.controller.deferred(chosen)
+            chosen = Round(0, pool_tokens, (0,) * len(reqs))
         self._is_stale = plain_steps > 0
         schedule = self._agreed_schedule(chosen)
         is_try = self._choice is not None and chosen.num_steps == self.max_steps and self._choice.is_try(schedule)

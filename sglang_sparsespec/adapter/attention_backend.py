@@ -165,8 +165,8 @@ class SparseSpecAttnBackend:
     def select_after_prefill(self, rows: torch.Tensor, kv_lens: torch.Tensor, max_len: int) -> None:
         """A first selection where prefills capture nothing: for one round; its verify makes the next one.
 
-        On an H100 capturing the last queries of a prompt held a prefill up by about 20 ms, layer by layer, and all
-        running requests with it.
+        Capturing the last queries of a prompt, layer by layer, held a prefill up by 15 to 20 ms on an H100, and all
+        running requests with it (estimated from a load: docs/results.md, "Adaptive k").
         """
         if self.fused is not None and isinstance(self.policy, SelectionPolicy):
             self.select_without_attention(rows, kv_lens, max_len)

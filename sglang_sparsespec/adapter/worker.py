@@ -228,9 +228,12 @@ class SparseSpecWorker(BaseSpecWorker):
         plan = self._plan(batch)
         current = batch.spec_info.bonus_tokens.long()
         is_unified = self._runs_unified(batch, plan)
-        run = self._run_unified if is_unified else self._run_lockstep
-        if plan.steps.plain_steps > 0:
+        if is_unified:
+            run = self._run_unified
+        elif plan.steps.plain_steps > 0:
             run = self._run_plain
+        else:
+            run = self._run_lockstep
         acceptance, logits_output = run(batch, plan)
         verified = self._unified.num_verified if is_unified and self._unified is not None else None
         self._steps.runs("unified" if is_unified else "lockstep", verified)
@@ -405,44 +408,45 @@ class SparseSpecWorker(BaseSpecWorker):
     def _plain_body(self, batch_size: int) -> torch.Tensor:
         """The model's own next token; returns logits [batch_size, vocab_size]."""
         static = self._static
-        assert self._backend.fused is not None
-        tokens, slots = static.step_tokens[:batch_size], static.step_slots[:batch_size]
-        rows, positions = static.rows[:batch_size], static.step_positions[:batch_size]
-        lens = positions.to(torch.int32)
-        num_queries = static.num_queries[:batch_size]
-        self._backend.fused.begin(FusedPlan(rows, lens, num_queries, 1, self._verify_max_len, refreshes=False))
-        verify = SparseSpecVerifyInput(draft_token=tokens, positions=positions, draft_token_num=1, is_fused=True)
-        return self.run_model(ForwardMode.TARGET_VERIFY, tokens, positions, slots, verify, rows=rows, lens=lens)
+        positions = static.step_positions[:batch_size]
+        plan = FusedPlan(
+            static.rows[:batch_size],
+            positions.to(torch.int32),
+            static.num_queries[:batch_size],
+            1,
+            self._verify_max_len,
+            refreshes=False,
+        )
+        return self._run_fused(plan, static.step_tokens[:batch_size], positions, static.step_slots[:batch_size])
 
     def _verify_body(self, width: int, is_sparse: bool, batch_size: int) -> torch.Tensor:
         """Our own verify of `width` tokens per request; returns logits [batch_size * width, vocab_size]."""
         static = self._static
-        assert self._backend.fused is not None
-        self._backend.fused.begin(
-            FusedPlan(
-                static.rows[:batch_size],
-                static.committed_lens[:batch_size],
-                static.num_queries[:batch_size],
-                width,
-                self._verify_max_len,
-                is_sparse,
-            )
+        plan = FusedPlan(
+            static.rows[:batch_size],
+            static.committed_lens[:batch_size],
+            static.num_queries[:batch_size],
+            width,
+            self._verify_max_len,
+            is_sparse,
         )
-        chain, positions, slots = static.verified(batch_size, width)
-        run = self._run_sparse_verify if is_sparse else self.run_model
+        return self._run_fused(plan, *static.verified(batch_size, width))
+
+    def _run_fused(
+        self, plan: FusedPlan, tokens: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """Feed `plan.width` tokens per request with full attention by our own verify; returns their logits."""
+        assert self._backend.fused is not None
+        self._backend.fused.begin(plan)
+        run = self._run_sparse_verify if plan.is_sparse else self.run_model
         return run(
             ForwardMode.TARGET_VERIFY,
-            chain,
+            tokens,
             positions,
             slots,
-            SparseSpecVerifyInput(
-                draft_token=chain,
-                positions=positions,
-                draft_token_num=width,
-                is_fused=True,
-            ),
-            rows=static.rows[:batch_size],
-            lens=static.committed_lens[:batch_size],
+            SparseSpecVerifyInput(draft_token=tokens, positions=positions, draft_token_num=plan.width, is_fused=True),
+            rows=plan.rows,
+            lens=plan.committed_lens,
         )
 
     def run_model(

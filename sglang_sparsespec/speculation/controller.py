@@ -81,7 +81,6 @@ class Controller:
         self._last_burst = 0
         self._first_looks = 0
         self._credit = 0.0
-        self._was_try = False
         self._last_steps = self.choices[-1]
         self._warm: set[tuple[int, int]] = set()
         self._plain_ms = self._spent_ms = 0.0
@@ -108,17 +107,16 @@ class Controller:
         if tried is None:
             self._decide(num_reqs, pool_tokens, limits, usable)
         num_steps = self._held(usable) if tried is None else tried
-        self._was_try = tried is not None
         follows_plain = num_steps > 0 and self._last_steps == 0
         self._last_steps = num_steps
         allowed = tuple(min(limit, num_steps) for limit in limits)
         return Round(num_steps, pool_tokens, allowed, tried is not None, follows_plain)
 
-    def deferred(self) -> None:
+    def deferred(self, chosen: Round) -> None:
         """The round that was chosen last makes no drafts after all: something has to run before they can be made."""
         self._last_steps = 0
         steps, left = self._burst
-        if self._was_try:
+        if chosen.is_try:
             self._burst = (steps, left + 1)
 
     def _decide(self, num_reqs: int, pool_tokens: int, limits: Sequence[int], usable: list[int]) -> None:

@@ -47,7 +47,7 @@ class Chooser:
             controller.deferred = self._defer
             controller.observe = self._observe
 
-    def _defer(self) -> None:
+    def _defer(self, chosen: Any) -> None:
         self.deferred += 1
 
     def _observe(self, done: Any, num_correct: list[int], round_ms: float | None) -> None:
@@ -163,7 +163,7 @@ def test_a_try_that_needs_a_selection_first_is_not_cut_short() -> None:
     controller._start(4)
     tried = controller.choose(1000, [8, 8])
     assert (tried.num_steps, tried.is_try) == (4, True)
-    controller.deferred()
+    controller.deferred(tried)
     again = [controller.choose(1000, [8, 8]) for _ in range(BURST)]
     assert [done.num_steps for done in again if done.is_try] == [4] * (BURST - 1)
     # and its drafts saw a selection that one query had made

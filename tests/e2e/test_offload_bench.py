@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+from tests.support.scripts import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_the_benchmark_of_host_memory_runs_without_a_gpu(tmp_path: Path) -> None:
     """A path of the script that only the card would run, at the price of a card."""
     output = tmp_path / "result.json"
     options = "--tiny --seconds 16 --max-running 12 --host-memory-gb 0.2 --json"
-    command = [sys.executable, "scripts/bench/offload.py", *options.split(), str(output)]
-    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1500)
+    report = run_script("bench/offload.py", *options.split(), str(output), timeout_s=1500)
     assert report.returncode == 0, report.stderr[-4000:]
     document = json.loads(output.read_text())
     ours, stock, careful = document["results"]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.support.scripts import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 
 def test_schedules_take_turns_in_one_server(tmp_path: Path) -> None:
     """A schedule that was set and did not run would be measured under its name. Which one is faster is no test."""
     output = tmp_path / "schedules.jsonl"
-    options = "--tiny --batches 3 --repeats 1 --json"
-    command = [sys.executable, "scripts/bench/schedules.py", *options.split(), str(output)]
-    report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    options = (*["--tiny", "--batches", "3", "--repeats", "1", "--json"], str(output))
+    report = run_script("bench/schedules.py", *options, timeout_s=600)
     # 1: auto was slower than the better one
     assert report.returncode in (0, 1), report.stderr[-4000:]
     plain, ours = [json.loads(line) for line in output.read_text().splitlines()]
@@ -32,6 +32,6 @@ def test_schedules_take_turns_in_one_server(tmp_path: Path) -> None:
     assert turns["plain"]["accept_length"] is None
     assert turns["unified"]["accept_length"] > 5
     assert "of lockstep" in report.stdout or "of unified" in report.stdout
-    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    again = run_script("bench/schedules.py", *options, timeout_s=60)
     assert again.returncode == report.returncode
     assert len(output.read_text().splitlines()) == 2

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytestmark = pytest.mark.slow
+from tests.support.scripts import run_script
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
 
 
 def test_nothing_is_lost_and_memory_stays_flat(tmp_path: Path) -> None:
@@ -23,8 +24,7 @@ def test_nothing_is_lost_and_memory_stays_flat(tmp_path: Path) -> None:
     options = ["--minutes", "3", "--growth", "0.05", "--output", str(output)]
     # a fast machine has too few at a time to fill the pool
     for rate in ("4", "16", "64"):
-        command = [sys.executable, "scripts/soak.py", "--rate", rate, *options]
-        report = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
+        report = run_script("soak.py", "--rate", rate, *options, timeout_s=900)
         assert report.returncode == 0, report.stdout[-3000:] + report.stderr[-3000:]
         result = json.loads(output.read_text())
         assert result["failures"] == []

@@ -1,8 +1,9 @@
-"""Scripts of the repository as modules, for tests of what is in them."""
+"""Scripts of the repository: as modules, for tests of what is in them, and as programs."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,12 @@ def load_script(path: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, module.__name__, module)
     run(module)
     return module
+
+
+def run_script(path: str, *options: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """`python scripts/<path> <options>`, as a user runs it; whatever its exit code."""
+    command = [sys.executable, f"scripts/{path}", *options]
+    return subprocess.run(command, cwd=SCRIPTS.parent, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
 def _found(path: str) -> tuple[ModuleType, Callable[[ModuleType], None]]:

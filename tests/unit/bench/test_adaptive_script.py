@@ -300,7 +300,7 @@ def test_a_dead_server_ends_the_call(
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     script = load_script("bench/adaptive.py", monkeypatch)
     facts = {name: "same" for name in ("machine", "driver", "python", "versions", "commit", "sources")}
-    monkeypatch.setattr(script, "provenance", lambda: facts)
+    monkeypatch.setattr("study_target.provenance", lambda: facts)
     return script
 
 

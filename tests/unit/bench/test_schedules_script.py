@@ -108,13 +108,6 @@ def test_what_was_not_measured_has_no_median(script: ModuleType) -> None:
     assert "accept_length" not in found["plain"]
 
 
-class Choice:
-    """As much of RoundSteps as the server's hook asks."""
-
-    def __init__(self) -> None:
-        self._choice, self.max_steps = object(), 8
-
-
 def test_a_schedule_that_is_set_rules_and_teaches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Times of rounds that `auto` did not choose would be lessons that no server gets."""
     from sglang_sparsespec.speculation.cost_model import ServerCost
@@ -131,13 +124,14 @@ def test_a_schedule_that_is_set_rules_and_teaches_nothing(monkeypatch: pytest.Mo
     server.install_schedules(control, steps)
     ask = steps.RoundSteps._agreed_schedule
     rounds = [SimpleNamespace(num_steps=8), SimpleNamespace(num_steps=3)]
-    assert [ask(Choice(), chosen) for chosen in rounds] == ["auto's"] * 2
+    asking = SimpleNamespace(_choice=object(), max_steps=8)
+    assert [ask(asking, chosen) for chosen in rounds] == ["auto's"] * 2
     cost = ServerCost(weights_ms=1.0, row_ms=0.1, kv_ms=0.001, budget_ratio=0.05, min_budget=64)
     choice = ScheduleChoice(cost, 8)
     choice.observe("lockstep", 4, 1000, 10.0)
     control.now = {"schedule": "unified"}
     # a round of fewer drafts has one schedule only
-    assert [ask(Choice(), chosen) for chosen in rounds] == ["unified", "auto's"]
+    assert [ask(asking, chosen) for chosen in rounds] == ["unified", "auto's"]
     choice.observe("unified", 4, 1000, None)
     assert learned == [("lockstep", 4, 1000, 10.0)]
     lines = server.schedules_file(path).read_text().splitlines()
