@@ -86,7 +86,7 @@ class RoundSteps:
         clock: seconds.
         ranks: schedulers that make the same rounds; default: this one alone. Rank 0 alone learns, and reads and writes
             the profile.
-        cost: what rounds take by the cost model; only `--sparsespec-schedule auto` asks.
+        cost: what rounds take by the cost model: for `--sparsespec-schedule auto`, which needs it, and for the first k.
 
     Raises:
         ConfigError: the profile is of another server, or none.
@@ -108,7 +108,8 @@ class RoundSteps:
         self._is_stale = False
         self.controller = None
         if config.adaptive and self._ranks.leads:
-            self.controller = Controller(config.step_choices, max(1, self._plain_steps))
+            guess = None if cost is None else cost.round_ms
+            self.controller = Controller(config.step_choices, max(1, self._plain_steps), guess)
         self._profile, self._identity = config.profile, identity or {}
         self.is_warm = False
         if self.controller is not None and self._profile is not None:

@@ -192,7 +192,7 @@ class SparseSpecWorker(BaseSpecWorker):
             self.config,
             self._identity(),
             ranks=self._host_ranks,
-            cost=self._cost() if self.config.schedule == "auto" else None,
+            cost=self._cost() if self.config.schedule == "auto" or self.config.adaptive else None,
         )
         self._metrics.watch(lambda: self._steps.status, lambda: self._steps.schedule_status)
 

@@ -1,7 +1,8 @@
 """Which k the next round should have: the one that the cost model expects the most tokens per time from.
 
-Fed with rounds that ran, their outcomes and times; no tensors, no clock, no SGLang. It starts at the largest k, looks
-at plain decoding (k = 0) once, and from then on compares. Invariants: a k that is expected to be better by less than
+Fed with rounds that ran, their outcomes and times; no tensors, no clock, no SGLang. It starts at the k that a guess of
+the times prefers, or at the largest, looks at plain decoding (k = 0) and at drafts once, and from then on compares.
+Invariants: a k that is expected to be better by less than
 MARGIN is not changed to; what trying other k costs, by its measured time, stays near EXPLORE_SHARE of all time.
 """
 
@@ -14,7 +15,7 @@ from sglang_sparsespec.speculation.cost_model import accept_length, speedup
 from sglang_sparsespec.speculation.round_times import TimesByBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 # all arbitrary: rounds between two decisions, and the gain that a change must promise
 DECIDE_EVERY = 8
@@ -66,11 +67,19 @@ class Controller:
     Args:
         choices: of k, ascending, 0 and the largest k among them.
         plain_steps: tokens that a round without drafts decodes, mostly.
+        guess: milliseconds of a round of (k, requests, KV tokens), a token's for k = 0; asked until a round was
+            measured, so that a server's first requests are not drafted for where that hardly pays.
     """
 
-    def __init__(self, choices: Sequence[int], plain_steps: int = 1) -> None:
+    def __init__(
+        self,
+        choices: Sequence[int],
+        plain_steps: int = 1,
+        guess: Callable[[int, int, int], float] | None = None,
+    ) -> None:
         self.choices = tuple(choices)
         self.plain_steps = plain_steps
+        self.guess = guess
         self.times = TimesByBatch()
         self.rates = AcceptanceRates(self.choices[-1])
         self._current = self.choices[-1]
@@ -125,6 +134,9 @@ class Controller:
             return
         self._decided = (bucket, cap, self._now + DECIDE_EVERY)
         if self.times.of(num_reqs).cost is None:
+            if self.guess is not None:
+                self._current = self._best_guess(num_reqs, pool_tokens, limits, usable)
+                self._reason = "a first guess by the cost model"
             return
         held = self._held(usable)
         speeds = {k: self._speedup(k, num_reqs, pool_tokens, limits) for k in usable}
@@ -138,6 +150,11 @@ class Controller:
             self._reason = "the requests take no more drafts"
         else:
             self._reason = "the fastest by the cost model"
+
+    def _best_guess(self, num_reqs: int, pool_tokens: int, limits: Sequence[int], usable: list[int]) -> int:
+        assert self.guess is not None
+        ms = {k: self.guess(k, num_reqs, pool_tokens) for k in usable}
+        return max(usable, key=lambda k: speedup(self._tokens(k, limits) / num_reqs, ms[k], ms[0]))
 
     def _speedup(self, num_steps: int, num_reqs: int, pool_tokens: float, limits: Sequence[int]) -> float:
         times = self.times.of(num_reqs)

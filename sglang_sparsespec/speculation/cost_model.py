@@ -205,6 +205,10 @@ class ServerCost:
             min_budget=min_budget,
         )
 
+    def round_ms(self, num_steps: int, num_reqs: int, pool_tokens: int) -> float:
+        """Of a lockstep round; without drafts, of a verify of one token."""
+        return self.terms("lockstep", num_reqs, pool_tokens, num_steps).total
+
     def terms(self, schedule: str, num_reqs: int, pool_tokens: int, num_steps: int) -> RoundTerms:
         """Of a round of `num_steps` drafts by `schedule`, lockstep or unified, of requests with so much KV in all."""
         context = max(1, pool_tokens // num_reqs)

@@ -280,7 +280,8 @@ def test_tries_of_a_schedule_do_not_move_k(observed: list[Any]) -> None:
     steps = auto_steps(clock, adaptive=True)
     ms, told = {"lockstep": 20, "unified": 50}, []
     for number in range(100):
-        plan = steps.next_round(requests(None, None), 1000)
+        # enough of KV that the cost model begins with all drafts
+        plan = steps.next_round(requests(None, None), 400_000)
         # a request's first unified round has fewer drafts than were wanted
         verified = [4, 1] if plan.schedule == "unified" else None
         steps.runs(plan.schedule, verified)

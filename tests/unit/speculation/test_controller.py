@@ -155,6 +155,28 @@ def test_no_round_drafts_more_than_its_requests_take(limit: int, allowed: set[in
     assert controller.status.num_steps == 8
 
 
+@pytest.mark.parametrize(("context", "best"), [(256, 0), (8192, 8)])
+def test_begins_with_what_the_cost_model_prefers(context: int, best: int) -> None:
+    """The first requests of a server; without a guess they all pay for k = K until something was measured."""
+    settings = {"num_reqs": constant(16), "pool_tokens": constant(16 * context), "rates": constant([0.85] * 8)}
+    server = Simulator(**settings)
+    # off by a third, and in its proportions too
+    controller = Controller(CHOICES, guess=lambda k, n, pool: 1.3 * server.round_ms(k, n, pool) + 0.2 * k)
+    first = controller.choose(16 * context, [8] * 16)
+    assert (first.num_steps == 0) == (best == 0)
+    assert controller.status.reason == "a first guess by the cost model"
+    assert controller.choose(16 * context, [1] * 16).num_steps <= 1
+
+    def lost_ms(guess: Any) -> float:
+        server = Simulator(**settings)
+        server.run(Controller(CHOICES, guess=guess), 100)
+        return server.lost_ms
+
+    assert lost_ms(controller.guess) <= lost_ms(None)
+    # a guess that is wrong costs no more than a start at K does where that is wrong
+    assert lost_ms(lambda k, n, pool: 1.0 + (0 if best else 99) * k) < 0.1 * server.round_ms(8, 16, 16 * context) * 100
+
+
 def test_rounds_without_times_leave_k_alone() -> None:
     """A server that prefills between all rounds cannot be timed; a guess is worse than the k that was asked for."""
     controller = Controller(CHOICES)
