@@ -2,7 +2,7 @@
 
     python scripts/bench/adaptive.py cells --shape qwen3-1.7b --json cells.jsonl --max-minutes 9    # an 80 GB card
     python scripts/bench/adaptive.py load --shape qwen3-1.7b --json load.jsonl --plot load.png      # rises and falls
-    python scripts/bench/adaptive.py cells --model PATH            # real weights, real acceptance
+    python scripts/bench/adaptive.py cells load --model PATH       # real weights, real acceptance; both on the same servers
     python scripts/bench/adaptive.py cells --tiny --batches 2 --contexts 64    # CPU: shows that everything works
 
 Two servers are up, plain SGLang and SPARSESPEC with --sparsespec-adaptive (both scripts/bench/study_server.py), and one
@@ -54,7 +54,7 @@ ADMISSION = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "512"}
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cells", "load"))
+    parser.add_argument("what", nargs="+", choices=("cells", "load"))
     add_target(parser)
     parser.add_argument(
         "--batches", type=int, nargs="+", default=[1, 8, 32, 128], help="the largest is the load's peak"
@@ -75,13 +75,14 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def graph_sizes(what: str, batches: list[int]) -> list[int]:
-    """Batches that graphs are captured for, ascending: those of the cells, or few enough to pad little under load."""
-    if what == "cells":
-        return sorted(set(batches))
-    peak = max(batches)
-    powers = [1 << i for i in range(peak.bit_length())]
-    return sorted({size for power in powers for size in (power, 3 * power // 2) if size < peak} | {peak})
+def graph_sizes(what: list[str], batches: list[int]) -> list[int]:
+    """Batches that graphs are captured for, ascending: those of the cells, and few enough to pad little under load."""
+    found = set(batches) if "cells" in what else set()
+    if "load" in what:
+        peak = max(batches)
+        powers = [1 << i for i in range(peak.bit_length())]
+        found |= {size for power in powers for size in (power, 3 * power // 2) if size < peak} | {peak}
+    return sorted(found)
 
 
 def server_args(args: argparse.Namespace) -> list[str]:
@@ -132,9 +133,9 @@ def book_of(args: argparse.Namespace) -> Book:
     return open_book(args, options, {"acceptance": acceptance, "server_args": [*server_args(args), *spec_args(args)]})
 
 
-def is_complete(args: argparse.Namespace, book: Book) -> bool:
+def is_complete(args: argparse.Namespace, book: Book, what: str) -> bool:
     """Whether nothing is left to measure, as far as one knows without a server."""
-    if args.what == "cells":
+    if what == "cells":
         return all(book.has(cell) for cell in wanted_cells(args))
     # the k are the server's to say: all are there if the last one is, for failures are none
     names = {r["who"] for r in book.of("result", LOAD) if book.has(load_of(args, r["who"]))}
@@ -143,13 +144,14 @@ def is_complete(args: argparse.Namespace, book: Book) -> bool:
 
 def measure(args: argparse.Namespace, book: Book, time_left: Allowance) -> int:
     """What the file lacks. Exit code: MET, or why there is more to do."""
-    run = run_cells if args.what == "cells" else run_loads
+    runs = [{"cells": run_cells, "load": run_loads}[what] for what in args.what]
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         target = target_of(args, folder)
         try:
             plain, study = start(args, Path(target.path), folder, stack)
-            is_whole = run(args, book, time_left, plain, study, target, PromptSource(target))
+            source = PromptSource(target)
+            is_whole = all(run(args, book, time_left, plain, study, target, source) for run in runs)
         except FAILURES as error:
             # a dead server ends the call; what was measured is on file
             print(f"the call ends: {error}", file=sys.stderr, flush=True)
@@ -161,18 +163,20 @@ def main() -> int:
     began = time.monotonic()
     args = arguments()
     book = book_of(args)
-    code = MET if is_complete(args, book) else measure(args, book, Allowance(args.max_minutes, began))
-    print(f"acceptance: {'real' if args.model else 'SIMULATED'}\n")
-    print(cells_table(book) if args.what == "cells" else loads_table(book))
+    is_whole = all(is_complete(args, book, what) for what in args.what)
+    code = MET if is_whole else measure(args, book, Allowance(args.max_minutes, began))
+    print(f"acceptance: {'real' if args.model else 'SIMULATED'}")
+    for what in args.what:
+        print("\n" + (cells_table(book) if what == "cells" else loads_table(book)))
     if args.plot and book.of("result", LOAD):
         plot_loads(book.of("result", LOAD), args.plot)
     if code == TIME_IS_UP:
         print("\ntime is up; the same command goes on")
-    return code or (MET if is_met(args, book) else MISSED)
+    return code or (MET if all(is_met(book, what) for what in args.what) else MISSED)
 
 
-def is_met(args: argparse.Namespace, book: Book) -> bool:
-    if args.what == "load":
+def is_met(book: Book, what: str) -> bool:
+    if what == "load":
         found = load_verdict(book.of("result", LOAD))
         return found is not None and found["met"] and not book.of("failure", LOAD)
     return all(cell["met"] for cell in book.of("result", CELL)) and not book.of("failure", CELL)

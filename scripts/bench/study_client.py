@@ -10,8 +10,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import requests
-from study_rounds import RoundLine, RoundsFile, plain_point
-from study_server import rounds_file
+from study_rounds import LinesFile, RoundLine, RoundsFile, plain_point
+from study_server import prefills_file, rounds_file
 
 from sglang_sparsespec.bench.client import run_requests
 from sglang_sparsespec.bench.server import Server, ServerError
@@ -57,6 +57,11 @@ class Watched:
         self.server = server
         self._control = control
         self._file = RoundsFile(rounds_file(control))
+        self._prefills = LinesFile(prefills_file(control))
+
+    def new_prefills(self) -> list[Any]:
+        """[seconds, requests, tokens, ms or None] of those that were written since the last call."""
+        return self._prefills.new()
 
     def new_rounds(self) -> list[RoundLine]:
         """Those that were written since the last call."""

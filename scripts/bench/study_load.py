@@ -39,6 +39,8 @@ POLL_S = 0.01
 # seconds beyond --seconds until the last answer, before one was measured
 FIRST_GUESS_S = 10.0
 NUM_TEXTS = 64
+# behind a longer wait there was nothing to do
+IDLE_MS = 1000.0
 # seconds of the load before the load, on each k; and its answers, an eighth of the load's
 WARM_S, WARM_SHARE = 1.5, 8
 
@@ -135,10 +137,12 @@ def one_load(
 ) -> dict[str, Any]:
     watched.forget_prompts()
     watched.new_rounds()
+    watched.new_prefills()
     answers = asyncio.run(_drive(watched.server.url, texts, sizes, peak, seconds))
     began, ended = min(a.sent for a in answers), max(a.ended for a in answers)
     rounds = watched.new_rounds()
     tokens, running, steps = over_time(rounds, began, ended)
+    prefills = [(tokens, ms) for _, _, tokens, ms in watched.new_prefills() if ms is not None and ms < IDLE_MS]
     latencies = sorted(a.ended - a.sent for a in answers)
     total = sum(a.tokens for a in answers)
     return {
@@ -147,6 +151,10 @@ def one_load(
         "tokens": total,
         "tokens_per_s": round(total / (ended - began), 2),
         "most_running": max((line.num_reqs for line in rounds), default=0),
+        "prefills": len(prefills),
+        "prefill_tokens": sum(tokens for tokens, _ in prefills),
+        "prefill_ms_p50": round(statistics.median([ms for _, ms in prefills] or [0.0]), 3),
+        "prefill_s": round(sum(ms for _, ms in prefills) / 1e3, 3),
         "latency_p50_s": round(statistics.median(latencies), 3),
         "latency_p99_s": round(latencies[int(0.99 * (len(latencies) - 1))], 3),
         "tokens_over_time": tokens,
@@ -232,12 +240,14 @@ def loads_table(book: Book) -> str:
     """Of everything on file."""
     results = book.of("result", WHAT)
     rows = [
-        "| who | tokens/s | seconds | requests | tokens | most running | latency p50, s | p99, s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| who | tokens/s | seconds | requests | tokens | most running | latency p50, s | p99, s | prefills: number, "
+        "ms p50, s together |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     rows += [
         f"| {r['who']} | {r['tokens_per_s']:,} | {r['wall_s']} | {r['requests']} | {r['tokens']:,} | "
-        f"{r['most_running']} | {r['latency_p50_s']} | {r['latency_p99_s']} |"
+        f"{r['most_running']} | {r['latency_p50_s']} | {r['latency_p99_s']} | {r['prefills']}, "
+        f"{r['prefill_ms_p50']}, {r['prefill_s']} |"
         for r in results
     ]
     found = load_verdict(results)

@@ -20,6 +20,9 @@ CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null,
 tokens that each request decoded if k = 0]. Rounds that only make a new selection have no milliseconds. With schedule
 auto each round of all drafts is a line in CONTROL.schedules as well: [requests, milliseconds or null, its schedule].
 
+Every prefill is a line in CONTROL.prefills: [seconds, requests, tokens, milliseconds from the results before it to its
+own], on a plain server too: what it holds everybody up for.
+
 A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
 label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
 where anything else ran in between.
@@ -55,6 +58,11 @@ def rounds_file(control: Path) -> Path:
 def schedules_file(control: Path) -> Path:
     """Where the schedules of its rounds are written."""
     return control.with_name(control.name + ".schedules")
+
+
+def prefills_file(control: Path) -> Path:
+    """Where the prefills of a server with this control are written, plain or not."""
+    return control.with_name(control.name + ".prefills")
 
 
 class Control:
@@ -103,7 +111,8 @@ def install(control: Control) -> None:
         control.read()
         if control.now.get("fresh") != fresh:
             fresh = control.now.get("fresh")
-            self.controller = Controller(self.controller.choices, self.controller.plain_steps)
+            known = self.controller
+            self.controller = Controller(known.choices, known.plain_steps, known.guess)
         steps = control.now.get("k")
         is_own = steps is None
         chosen = choose(self, pool_tokens, limits) if is_own else adaptive.round_of(steps, pool_tokens, limits)
@@ -172,6 +181,13 @@ def write_round(
     file.write(json.dumps(line, separators=(",", ":")) + "\n")
 
 
+def arrival_of(result: Any) -> float:
+    """When the results of a batch are on the host; SGLang waits for that next anyway."""
+    if result.copy_done is not None:
+        result.copy_done.synchronize()
+    return time.perf_counter()
+
+
 def watch_decodes(scheduler: Any, rounds: Path) -> None:
     """Write down when the results of each decode batch arrive at `scheduler`, SGLang's class; nothing else changes."""
     process = scheduler.process_batch_result
@@ -183,10 +199,7 @@ def watch_decodes(scheduler: Any, rounds: Path) -> None:
         if not batch.forward_mode.is_decode():
             before = None
             return process(self, batch, result)
-        # what SGLang does next anyway
-        if result.copy_done is not None:
-            result.copy_done.synchronize()
-        arrived = time.perf_counter()
+        arrived = arrival_of(result)
         round_ms = None if before is None else 1e3 * (arrived - before)
         before = arrived
         pool_tokens = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
@@ -196,13 +209,36 @@ def watch_decodes(scheduler: Any, rounds: Path) -> None:
     scheduler.process_batch_result = processed
 
 
+def watch_prefills(scheduler: Any, prefills: Path) -> None:
+    """Write down by how much each prefill's results are behind those before it; SGLang's class is `scheduler`.
+
+    Batches run one after the other, so that is what decoding requests wait for. Nothing else changes.
+    """
+    process = scheduler.process_batch_result
+    file = prefills.open("a", buffering=1)
+    before: float | None = None
+
+    def processed(self: Any, batch: Any, result: Any) -> Any:
+        nonlocal before
+        arrived = arrival_of(result)
+        if batch.forward_mode.is_extend():
+            held_ms = None if before is None else round(1e3 * (arrived - before), 4)
+            file.write(json.dumps([arrived, len(batch.reqs), batch.extend_num_tokens, held_ms]) + "\n")
+        before = arrived
+        return process(self, batch, result)
+
+    scheduler.process_batch_result = processed
+
+
 if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:
     before_worker_runs(lambda: install(Control(Path(os.environ[CONTROL]))))
 
-if __name__ == "__mp_main__" and PLAIN in os.environ:
+if __name__ == "__mp_main__" and (PLAIN in os.environ or CONTROL in os.environ):
     from sglang.srt.managers.scheduler import Scheduler
 
-    watch_decodes(Scheduler, rounds_file(Path(os.environ[PLAIN])))
+    if PLAIN in os.environ:
+        watch_decodes(Scheduler, rounds_file(Path(os.environ[PLAIN])))
+    watch_prefills(Scheduler, prefills_file(Path(os.environ.get(PLAIN) or os.environ[CONTROL])))
 
 if __name__ == "__main__":
     runpy.run_module("sglang.launch_server", run_name="__main__")

@@ -346,7 +346,7 @@ def test_a_second_call_of_load_needs_no_server(
     for who, tokens_per_s in (("plain", 100.0), ("controller", 120.0), ("k=8", 90.0), ("k=0", 99.0)):
         assert call(script, monkeypatch, path, *options)[1] == 1
         found = {"tokens_per_s": tokens_per_s, "wall_s": 31.0, "requests": 9, "tokens": 3100, "most_running": 4}
-        found |= {"latency_p50_s": 1.0, "latency_p99_s": 2.0}
+        found |= {"latency_p50_s": 1.0, "latency_p99_s": 2.0, "prefills": 9, "prefill_ms_p50": 7.5, "prefill_s": 0.1}
         found |= {"tokens_over_time": [1.0, 3.0, 1.0], "running_over_time": [1.0, 4.0, 1.0]}
         book.note("result", script.load_of(args, who), found)
     assert call(script, monkeypatch, path, *options) == (script.MET, 0)
@@ -385,14 +385,35 @@ def test_plain_steps_are_timed_by_the_schedulers_own_clock(monkeypatch: pytest.M
     assert found[0][5:] == [[0, 0], "plain", 1]
 
 
+def test_a_prefill_is_timed_from_the_results_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """That is what it holds decoding requests up for, whichever server it is."""
+    server = load_script("bench/study_server.py", monkeypatch)
+    clock = iter([10.0, 10.004, 10.024, 10.03])
+    monkeypatch.setattr(server.time, "perf_counter", lambda: next(clock))
+
+    class Scheduler:
+        def process_batch_result(self, batch: Any, result: Any) -> str:
+            return "as before"
+
+    server.watch_prefills(Scheduler, tmp_path / "prefills")
+    for is_extend in (True, False, True, False):
+        mode = SimpleNamespace(is_extend=lambda is_extend=is_extend: is_extend)
+        batch = SimpleNamespace(forward_mode=mode, reqs=[0, 0], extend_num_tokens=30)
+        # without overlap nothing is copied
+        assert Scheduler().process_batch_result(batch, SimpleNamespace(copy_done=None)) == "as before"
+    found = [json.loads(line) for line in (tmp_path / "prefills").read_text().splitlines()]
+    assert found == [[10.0, 2, 30, None], [10.024, 2, 30, 20.0]]
+
+
 def test_servers_run_the_batches_of_the_cells(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the limit at the batch, its last request waits for the first; without a graph of its size, it is padded."""
     monkeypatch.setattr(script, "has_gpu", lambda: True)
-    args = SimpleNamespace(what="cells", batches=[1, 8, 128], pool=240_000, shape="qwen3-1.7b", server_arg=[])
+    args = SimpleNamespace(what=["cells"], batches=[1, 8, 128], pool=240_000, shape="qwen3-1.7b", server_arg=[])
     given = script.server_args(args)
     assert int(given[given.index("--max-running-requests") + 1]) > 128
     assert given[given.index("--cuda-graph-bs-decode") + 1 :][:3] == ["1", "8", "128"]
-    assert script.graph_sizes("load", [1, 128]) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert script.graph_sizes(["load"], [1, 128]) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128]
+    assert script.graph_sizes(["cells", "load"], [1, 20]) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
     assert int(script.ADMISSION["SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION"]) * 128 + 128 * 256 < 240_000
 
 
