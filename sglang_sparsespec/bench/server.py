@@ -32,6 +32,7 @@ CPU_SERVER: dict[str, str | None] = {"--device": "cpu"}
 # what stock SGLang needs on top to serve without a GPU; SPARSESPEC chooses for itself
 PLAIN_CPU_SERVER: dict[str, str | None] = {"--attention-backend": "torch_native", "--disable-overlap-schedule": None}
 LOG_TAIL_LINES = 60
+_ports_given: set[int] = set()
 # kills the group when the process that started it ends without stopping its server, however it ends
 WATCHDOG = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
@@ -75,6 +76,7 @@ class Server:
         self.request_timeout_s = request_timeout_s
         self.keep_log = False
         self.startup_s = 0.0
+        self._launched = 0.0
         self._env = server_env(env)
         self._cwd = cwd
         self.command = [*(command or [sys.executable, "-m", "sglang.launch_server"])]
@@ -110,6 +112,11 @@ class Server:
         self.stop()
 
     def start(self) -> None:
+        self.launch()
+        self.wait_until_healthy()
+
+    def launch(self) -> None:
+        """The first half of `start`: several servers start in the time of the slowest."""
         fd, name = tempfile.mkstemp(prefix=f"sglang-{self.port}-", suffix=".log")
         self.log_path = Path(name)
         self._log = os.fdopen(fd, "wb")
@@ -128,24 +135,29 @@ class Server:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        self._launched = time.monotonic()
         Server.live.add(self)
+
+    def wait_until_healthy(self) -> None:
+        """The other half; a server that fails is stopped."""
         try:
-            self._wait_until_healthy()
+            self._poll_health()
         except BaseException:
             self.keep_log = True
             self.stop()
             raise
 
-    def _wait_until_healthy(self) -> None:
-        began = time.monotonic()
-        while time.monotonic() < began + self.timeout_s:
+    def _poll_health(self) -> None:
+        while True:
             self.check_alive("while starting")
             with contextlib.suppress(requests.RequestException):
                 if requests.get(self.url + "/health", timeout=10).status_code == 200:
-                    self.startup_s = time.monotonic() - began
+                    self.startup_s = time.monotonic() - self._launched
                     return
+            # after a look: whoever launched several may come late to this one
+            if time.monotonic() >= self._launched + self.timeout_s:
+                raise ServerError(f"no answer from /health within {self.timeout_s:.0f} s\n{self.describe()}")
             time.sleep(1.0)
-        raise ServerError(f"no answer from /health within {self.timeout_s:.0f} s\n{self.describe()}")
 
     def stop(self) -> None:
         """Kill the process group, wait for it, and raise if one of its processes survives."""
@@ -320,10 +332,14 @@ def server_env(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A free TCP port below the range that the system gives to outgoing connections."""
+    """A free TCP port below the range that the system gives to outgoing connections; no port twice in a process, for
+    servers that start at the same time do not hold theirs yet."""
     for _ in range(100):
         port = random.SystemRandom().randrange(20000, 30000)
+        if port in _ports_given:
+            continue
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            _ports_given.add(port)
             return port
     raise ServerError("no free port between 20000 and 30000")

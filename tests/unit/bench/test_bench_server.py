@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
+import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -92,3 +94,36 @@ def test_a_server_that_does_not_answer_is_a_server_error(ask: Callable[[Any], An
         with pytest.raises(server.ServerError, match="no answer from /") as raised:
             ask(live)
     assert isinstance(raised.value.__cause__, requests.RequestException)
+
+
+HEALTHY = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def test_servers_start_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for one after another comes late to the last, which is up and must not be called too slow."""
+    monkeypatch.setattr(server, "has_gpu", lambda: True)
+    first, late = (server.Server("/none", command=[sys.executable, "-c", HEALTHY], timeout_s=60) for _ in range(2))
+    broken = server.Server("/none", command=[sys.executable, "-c", "raise SystemExit(3)"], timeout_s=60)
+    assert len({first.port, late.port, broken.port}) == 3
+    with contextlib.ExitStack() as up:
+        for each in (first, late, broken):
+            up.push(each)
+            each.launch()
+        first.wait_until_healthy()
+        late.wait_until_healthy()
+        late.timeout_s = 0
+        late.wait_until_healthy()
+        with pytest.raises(server.ServerError, match="died while starting, exit code 3"):
+            broken.wait_until_healthy()
+        broken.log_path.unlink()
+        assert {first, late} <= server.Server.live
+        assert broken not in server.Server.live
+    assert not {first, late} & server.Server.live
