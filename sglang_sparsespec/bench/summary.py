@@ -89,8 +89,11 @@ def _row(turns: list[Record], records: Sequence[Record], gates: list[Record]) ->
             == (first["target"], first["scene"], server_of(first))
             and (first["is_baseline"] or record["pair"] == first["pair"])
         ]
-        ratio = _ratio(turns, baseline) if baseline else None
-        refusal = "" if baseline else "the baseline has no turn yet"
+        # a turn that failed is missing on one side: other prompts, and the machine at another time
+        shared = {turn["repeat"] for turn in turns} & {turn["repeat"] for turn in baseline}
+        baseline = [turn for turn in baseline if turn["repeat"] in shared]
+        ratio = _ratio([turn for turn in turns if turn["repeat"] in shared], baseline) if baseline else None
+        refusal = "" if baseline else "the baseline has no turn of the same repeat yet"
     return Row(
         target=first["target"],
         contender=first["contender"],

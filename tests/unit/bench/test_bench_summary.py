@@ -98,6 +98,15 @@ def test_contender_is_compared_with_the_baseline_of_its_pair(job: Job) -> None:
     assert row_of(rows(records), job.contenders[1]).ratio == 3.0
 
 
+def test_repeats_that_one_side_lacks_do_not_count(job: Job) -> None:
+    """All servers take turns with one baseline; a turn that failed leaves no ratio to another repeat's."""
+    records = [*paired(job, [100, 400], [300]), gate_record(job, job.contenders[1])]
+    assert row_of(rows(records), job.contenders[1]).ratio == 3.0
+    row = row_of(rows(records[1:]), job.contenders[1])
+    assert row.ratio is None
+    assert "same repeat" in row.refusal
+
+
 def test_best_plain_backend_is_the_one_to_beat(job: Job) -> None:
     """A speed-up over a slow backend is no speed-up."""
     triton = Contender("plain/fa3", "SGLang, fa3", ("--attention-backend", "fa3"))
