@@ -18,7 +18,7 @@ from sglang_sparsespec.bench import plots
 from sglang_sparsespec.bench.cells import Skip, Target
 from sglang_sparsespec.bench.contenders import SIMULATED_ACCEPT_LENGTHS
 from sglang_sparsespec.bench.machine import Machine, detect
-from sglang_sparsespec.bench.planner import num_starts, predicted_s, side_by_side, turns
+from sglang_sparsespec.bench.planner import num_starts, predicted_s, side_by_side, together, turns
 from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.records import read_records
 from sglang_sparsespec.bench.report import markdown
@@ -274,7 +274,11 @@ def dry_run(plan: Plan, machine: Machine, runner: Runner, context: dict[str, Any
     keys = {turn.key for turn in pending}
     lines = []
     for job in plan.jobs:
-        order = "taking turns with the baseline" if side_by_side(job, machine) else "one server at a time, in turn"
+        order = "one server at a time, in turn"
+        if together(job, machine):
+            order = "all servers up, taking turns"
+        elif side_by_side(job, machine):
+            order = "taking turns with the baseline"
         own = turns(job, machine, context)
         left = sum(turn.key in keys for turn in own)
         lines.append(

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 SERVER_BYTES = 6 << 30
 """A GPU rank beside weights and KV: its CUDA context, graphs and workspaces. Seen on an H100: 3 to 5 GiB."""
+TOGETHER_SERVER_BYTES = 5 << 30
+"""The same where all servers of a job are up: the most that was seen. One that takes more takes it from the tenth of
+the card that stays free."""
+TOGETHER_STARTS = 1.5
+"""Time of all of them to start in parallel, over that of one alone. A guess until it is seen."""
 START_S = {True: 60.0, False: 40.0}
 """Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
 SPARE_REQUESTS = 4
@@ -69,7 +74,16 @@ def common_args(job: Job, machine: Machine) -> tuple[str, ...]:
         args += ["--tp-size", str(machine.tp_size)]
     if machine.has_gpu:
         args.append("--disable-prefill-cuda-graph")
-        if not side_by_side(job, machine):
+        if together(job, machine):
+            # SGLang gives the KV pool what is free once the weights are loaded, less (1 - fraction) of what was free
+            # before (`_profile_available_bytes`), if that is less than --max-total-tokens. Of servers that start at the
+            # same time one may see an empty card before, and the pools of all others after. By SGLang's default, 0.88
+            # or so, it would miss more than the tenth that `together` leaves free, and get a small pool. A larger
+            # fraction takes nothing from anybody, since the pool's size is given.
+            args += ["--mem-fraction-static", "0.95"]
+            # else each idle scheduler polls and keeps a core busy
+            args.append("--sleep-on-idle")
+        elif not side_by_side(job, machine):
             args += ["--mem-fraction-static", "0.9"]
     return tuple(args)
 
@@ -98,11 +112,24 @@ def side_by_side(job: Job, machine: Machine) -> bool:
     return 2 * server < 0.9 * machine.memory_bytes
 
 
+def together(job: Job, machine: Machine) -> bool:
+    """Whether the servers of all contenders, more than a pair, fit on the card at a time.
+
+    One rank alone: with several SGLang refuses to start unless all cards have the same free memory
+    (`_check_tp_memory_balance`), which others that start would upset. Host memory, 5 GB or so a server, does not count:
+    what a virtual machine shows may grow, and the way in which a job runs is part of its keys.
+    """
+    if not machine.has_gpu or machine.tp_size > 1 or len(job.contenders) <= 2:
+        return False
+    server = job.target.weights_bytes + pool_tokens(job, machine) * job.target.kv_bytes_per_token()
+    return len(job.contenders) * (server + TOGETHER_SERVER_BYTES) < 0.9 * machine.memory_bytes
+
+
 def turns(job: Job, machine: Machine, context: dict[str, Any]) -> list[Turn]:
     """In the order in which they run.
 
-    Side by side, each contender is paired with the baseline and they take turns. Otherwise all run one after another,
-    and the whole row `repeats` times: ABAB.
+    Together, all take turns on each scene, forth and back: ABCCBA. Side by side, each contender is paired with the
+    baseline and they take turns. Otherwise all run one after another, and the whole row `repeats` times: ABAB.
     """
     baseline, *others = job.contenders
     args = common_args(job, machine)
@@ -112,6 +139,13 @@ def turns(job: Job, machine: Machine, context: dict[str, Any]) -> list[Turn]:
         key = turn_key(job.target, contender, scene, pair=pair, repeat=repeat, context=whole)
         return Turn(job, contender, scene, pair, repeat, key, args)
 
+    if together(job, machine):
+        return [
+            turn(contender, scene, "", repeat)
+            for repeat in range(job.repeats)
+            for scene in job.scenes
+            for contender in (job.contenders if repeat % 2 == 0 else reversed(job.contenders))
+        ]
     if others and side_by_side(job, machine):
         return [
             turn(member, scene, other.name, repeat)
@@ -180,9 +214,13 @@ def describe(turn: Turn) -> dict[str, Any]:
 
 def num_starts(job: Job, machine: Machine) -> int:
     """Servers that an uninterrupted run starts."""
-    gates = sum(needs_gate(job, contender) and is_simulated(job.target, contender) for contender in job.contenders)
-    rows = 1 if side_by_side(job, machine) else job.repeats
-    return rows * len(job.contenders) + gates
+    rows = 1 if together(job, machine) or side_by_side(job, machine) else job.repeats
+    return rows * len(job.contenders) + _gates_apart(job)
+
+
+def _gates_apart(job: Job) -> int:
+    """Gates that need a server of their own."""
+    return sum(needs_gate(job, contender) and is_simulated(job.target, contender) for contender in job.contenders)
 
 
 def predicted_turn_s(turn: Turn, machine: Machine) -> float:
@@ -233,6 +271,15 @@ def predicted_visit_s(pending: list[Turn], machine: Machine) -> float:
     return warm_ups + sum(predicted_turn_s(turn, machine) for turn in pending)
 
 
+def predicted_starts_s(job: Job, machine: Machine) -> float:
+    starts: float = num_starts(job, machine)
+    if together(job, machine):
+        apart = _gates_apart(job)
+        # the baseline then comes before the others, for what the gates compare with
+        starts = TOGETHER_STARTS + apart + bool(apart)
+    return starts * START_S[machine.has_gpu]
+
+
 def predicted_s(jobs: tuple[Job, ...], machine: Machine, pending: list[Turn]) -> float:
     """Seconds for the pending turns, with the server starts and gates of the jobs that have any."""
     seconds = 0.0
@@ -241,6 +288,6 @@ def predicted_s(jobs: tuple[Job, ...], machine: Machine, pending: list[Turn]) ->
         if not own:
             continue
         gates = sum(needs_gate(job, contender) for contender in job.contenders)
-        seconds += num_starts(job, machine) * START_S[machine.has_gpu] + predicted_visit_s(own, machine)
+        seconds += predicted_starts_s(job, machine) + predicted_visit_s(own, machine)
         seconds += (gates + bool(gates)) * predicted_gate_s(job, machine)
     return seconds

@@ -1,7 +1,7 @@
 """Runs the turns of a plan that its file of results lacks: starts and stops servers, gates, measures, records.
 
-Invariants: at most two servers are up at a time; a turn that is on file is not run again; what fails is recorded with
-its reason and tried again at the next call.
+Invariants: at most two servers are up at a time, or all of a job that fits whole, and one of them works; a turn that is
+on file is not run again; what fails is recorded with its reason and tried again at the next call.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sglang_sparsespec.bench.cells import digest, lossy_names
 from sglang_sparsespec.bench.measure import PromptSource, measure, warm_up
 from sglang_sparsespec.bench.planner import (
     START_S,
+    TOGETHER_STARTS,
     common_args,
     describe,
     environment,
@@ -28,6 +29,7 @@ from sglang_sparsespec.bench.planner import (
     predicted_visit_s,
     predicted_warm_up_s,
     side_by_side,
+    together,
     turns,
     warm_up_kind,
 )
@@ -113,7 +115,9 @@ class Runner:
         with tqdm(total=len(self.pending), unit="turn", dynamic_ncols=True) as self._bar:
             try:
                 for job in self._jobs:
-                    if side_by_side(job, self._machine) and len(job.contenders) > 1:
+                    if together(job, self._machine):
+                        self._run_together(job)
+                    elif side_by_side(job, self._machine) and len(job.contenders) > 1:
                         self._run_paired(job)
                     else:
                         self._run_alternating(job)
@@ -129,6 +133,67 @@ class Runner:
                 self._record({"record": "skip", "key": key, "what": skip.what, "reason": skip.reason})
 
     # one job
+
+    def _run_together(self, job: Job) -> None:
+        """All servers are up, started at the same time, and take turns."""
+        baseline, *others = job.contenders
+        source = PromptSource(job.target)
+        servers: dict[str, Server] = {}
+        try:
+            with contextlib.ExitStack() as up:
+                apart = any(is_simulated(job.target, other) and self._gate_is_open(job, other) for other in others)
+                if apart and self._lacks_reference(job):
+                    # what these gates compare with; they have servers of their own, before the others start
+                    work_s = 2 * predicted_gate_s(job, self._machine) + self._start_s
+                    self._start(job, [baseline], servers, up, start_s=self._start_s, work_s=work_s)
+                    self._keep_reference(job, servers[baseline.name], source)
+                for other in others:
+                    self._gate_apart(job, other, source)
+                wanted = [other for other in others if self._wants_server(job, other, contender=other)]
+                if not wanted and not self._wants_server(job, baseline, contender=baseline):
+                    return
+                absent = [member for member in (baseline, *wanted) if member.name not in servers]
+                work_s = sum(self._gate_s(job, member) for member in (baseline, *wanted))
+                work_s += predicted_visit_s(self._open_turns(job), self._machine)
+                self._start(job, absent, servers, up, start_s=TOGETHER_STARTS * self._start_s, work_s=work_s)
+                self._keep_reference(job, servers[baseline.name], source)
+                for other in wanted:
+                    if other.name in servers:
+                        with self._dropping(job, other, servers):
+                            self._gate(job, other, servers[other.name], source)
+                warm: set[tuple[str, int, bool]] = set()
+                for turn in self._open_turns(job):
+                    if turn.contender.name in servers:
+                        with self._dropping(job, turn.contender, servers):
+                            self._take_one(turn, servers, source, warm)
+                for other in wanted:
+                    if other.name in servers:
+                        self._profile(job, other, servers[other.name], source)
+        except ServerError as error:
+            self._stop_if_over(error)
+            self._record_failures(job, error, pair=None)
+
+    def _start(
+        self,
+        job: Job,
+        members: list[Contender],
+        servers: dict[str, Server],
+        up: contextlib.ExitStack,
+        *,
+        start_s: float,
+        work_s: float,
+    ) -> None:
+        """All at the same time, into `servers`; they stop with `up`."""
+        self._spend_on_start(start_s, work_s)
+        self._bar.set_postfix_str(f"starting {len(members)} servers on {job.target.name}")
+        for member in members:
+            servers[member.name] = server = self._new_server(job, member)
+            up.push(server)
+            server.launch()
+        for member in members:
+            with self._dropping(job, member, servers):
+                servers[member.name].wait_until_healthy()
+                self._lossy[member.name] = gate.loss_of(servers[member.name])
 
     def _run_paired(self, job: Job) -> None:
         """The baseline stays up; the others come one at a time and take turns with it."""
@@ -213,31 +278,36 @@ class Runner:
         """Every open turn that these servers can serve."""
         warm: set[tuple[str, int, bool]] = set()
         for turn in self._open_turns(job, **wanted):
-            if turn.contender.name not in servers:
-                continue
-            server = servers[turn.contender.name]
-            scene, kind = turn.scene, warm_up_kind(turn)
-            warm_up_s = 0.0 if kind in warm else predicted_warm_up_s(turn, self._machine)
-            self._spend(warm_up_s + predicted_turn_s(turn, self._machine), *servers.values())
-            self._bar.set_postfix_str(str(turn))
-            if kind not in warm:
-                warm_up(server, source, scene)
-                warm.add(kind)
-            try:
-                # both of a pair get the same prompts; each repeat has its own
-                result = measure(server, source, scene, seed=turn.repeat)
-            except NoSteadyStateError as error:
-                self._record_failure(turn, str(error))
-                continue
-            self._record(
-                {
-                    **describe(turn),
-                    "record": "turn",
-                    "result": result,
-                    "server": {"command": server.command[1:], "startup_s": round(server.startup_s, 1)},
-                }
-            )
-            self._bar.update()
+            if turn.contender.name in servers:
+                self._take_one(turn, servers, source, warm)
+
+    def _take_one(
+        self, turn: Turn, servers: dict[str, Server], source: PromptSource, warm: set[tuple[str, int, bool]]
+    ) -> None:
+        """One turn, after its warm-up if that is not among `warm` yet."""
+        server = servers[turn.contender.name]
+        scene, kind = turn.scene, warm_up_kind(turn)
+        warm_up_s = 0.0 if kind in warm else predicted_warm_up_s(turn, self._machine)
+        self._spend(warm_up_s + predicted_turn_s(turn, self._machine), *servers.values())
+        self._bar.set_postfix_str(str(turn))
+        if kind not in warm:
+            warm_up(server, source, scene)
+            warm.add(kind)
+        try:
+            # all that take turns get the same prompts; each repeat has its own
+            result = measure(server, source, scene, seed=turn.repeat)
+        except NoSteadyStateError as error:
+            self._record_failure(turn, str(error))
+            return
+        self._record(
+            {
+                **describe(turn),
+                "record": "turn",
+                "result": result,
+                "server": {"command": server.command[1:], "startup_s": round(server.startup_s, 1)},
+            }
+        )
+        self._bar.update()
 
     def _profile(self, job: Job, contender: Contender, server: Server, source: PromptSource) -> None:
         """Trace the first scene of each large batch, greedy and sampled."""
@@ -285,24 +355,27 @@ class Runner:
         self, job: Job, contender: Contender, *, simulate: bool = True, work_s: float = 0.0
     ) -> Iterator[Server]:
         """A server for work that takes about `work_s`, which would be left half done if it did not fit any more."""
-        self._spend_on_start(self._start_s + work_s)
+        self._spend_on_start(self._start_s, work_s)
         self._bar.set_postfix_str(f"starting {contender.name} on {job.target.name}")
-        args = (*common_args(job, self._machine), *contender.args)
-        env = environment(job.target, contender, self._machine, simulate=simulate)
-        with Server(
-            job.target.path,
-            *args,
-            env=env,
-            timeout_s=self._at_most(START_TIMEOUT_S),
-            request_timeout_s=self._at_most(REQUEST_TIMEOUT_S),
-        ) as server:
+        with self._new_server(job, contender, simulate=simulate) as server:
             self._lossy[contender.name] = gate.loss_of(server)
             yield server
 
-    def _spend_on_start(self, seconds: float) -> None:
+    def _new_server(self, job: Job, contender: Contender, *, simulate: bool = True) -> Server:
+        return Server(
+            job.target.path,
+            *common_args(job, self._machine),
+            *contender.args,
+            env=environment(job.target, contender, self._machine, simulate=simulate),
+            timeout_s=self._at_most(START_TIMEOUT_S),
+            request_timeout_s=self._at_most(REQUEST_TIMEOUT_S),
+        )
+
+    def _spend_on_start(self, start_s: float, work_s: float) -> None:
         """What no call can hold whole is begun all the same, at the beginning of one."""
-        if self._max_s is not None and self._has_begun and seconds > self._max_s - 2 * self._start_s:
-            seconds = self._start_s
+        seconds = start_s + work_s
+        if self._max_s is not None and self._has_begun and seconds > self._max_s - 2 * start_s:
+            seconds = start_s
         self._spend(seconds)
 
     def _spend(self, seconds: float, *servers: Server) -> None:
@@ -410,6 +483,23 @@ class Runner:
         except ServerError as error:
             self._stop_if_over(error)
             self._record_failures(job, error, pair=pair, **wanted)
+
+    @contextlib.contextmanager
+    def _dropping(self, job: Job, contender: Contender, servers: dict[str, Server]) -> Iterator[None]:
+        """The same among servers that are all up; one that hangs would keep the card busy, so it goes down at once.
+
+        The baseline's failure is everybody's.
+        """
+        try:
+            yield
+        except ServerError as error:
+            self._stop_if_over(error)
+            if contender is job.contenders[0]:
+                raise
+            self._record_failures(job, error, pair=None, contender=contender)
+            server = servers.pop(contender.name)
+            server.keep_log = True
+            server.stop()
 
     def _record_failures(self, job: Job, error: ServerError, *, pair: str | None, **wanted: Any) -> None:
         if pair is not None:

@@ -99,7 +99,8 @@ def smoke(machine: Machine, request: Request) -> Plan:
 def core(machine: Machine, request: Request) -> Plan:
     """One H100, at most 12 server starts: every rival on a real model, and ours against plain on the 1.7B shape.
 
-    Twelve in one call. Each further call of --max-minutes starts the baseline of the real model once more.
+    Twelve in one call. Each further call of --max-minutes starts the baseline of the real model once more. A card that
+    holds all servers of the real model starts them at the same time, and again in each further call.
     """
     if not machine.has_gpu:
         return _needs_gpu("core")

@@ -18,6 +18,17 @@ def h100() -> Machine:
 
 
 @pytest.fixture
+def h200() -> Machine:
+    return Machine("NVIDIA H200", True, 139 * GIB, ("flashinfer", "triton", "fa3"))
+
+
+@pytest.fixture
+def small_card() -> Machine:
+    """Two servers of a small model fit, three do not."""
+    return Machine("NVIDIA A2", True, 15 * GIB, ("flashinfer", "triton"))
+
+
+@pytest.fixture
 def laptop() -> Machine:
     missing = {"flashinfer": "it needs a GPU", "intel_amx": "another build"}
     return Machine("CPU", False, 16 * GIB, ("torch_native",), missing)

@@ -64,6 +64,30 @@ def test_pairs_take_turns(job: Job, h100: Machine) -> None:
     assert planner.num_starts(job, h100) == 2
 
 
+def test_all_contenders_together_where_they_fit(
+    job: Job, ours: Contender, h100: Machine, small_card: Machine, laptop: Machine
+) -> None:
+    """The baseline once a repeat and scene; pools as given, whatever the others take while they start."""
+    trio = dataclasses.replace(job, contenders=(*job.contenders, dataclasses.replace(ours, name="b")))
+    assert planner.together(trio, h100)
+    found = planner.turns(trio, h100, CONTEXT)
+    names = [contender.name for contender in trio.contenders]
+    order = [(turn.contender.name, turn.scene.batch, turn.repeat) for turn in found]
+    there = [(name, scene.batch, 0) for scene in job.scenes for name in names]
+    assert order == there + [(name, scene.batch, 1) for scene in job.scenes for name in reversed(names)]
+    assert {turn.pair for turn in found} == {""}
+    options = dict(itertools.pairwise(planner.common_args(trio, h100)))
+    assert float(options["--mem-fraction-static"]) > 0.9
+    assert planner.num_starts(trio, h100) == 3
+    seconds = planner.predicted_s((trio,), h100, found) - planner.predicted_visit_s(found, h100)
+    gates_s = 3 * planner.predicted_gate_s(trio, h100)
+    assert seconds == pytest.approx(planner.TOGETHER_STARTS * planner.START_S[True] + gates_s)
+    # a pair takes turns as before; ranks start one server at a time; a CPU has no room for idle servers
+    two = dataclasses.replace(h100, memory_bytes=2 * h100.memory_bytes, tp_size=2)
+    assert not any(planner.together(*each) for each in ((job, h100), (trio, small_card), (trio, laptop), (trio, two)))
+    assert planner.side_by_side(trio, small_card)
+
+
 def test_servers_that_do_not_fit_together_alternate(
     shape_target: Target, plain: Contender, ours: Contender, h100: Machine
 ) -> None:

@@ -32,6 +32,7 @@ class FakeServer:
     """Counts who is up, and with which environment."""
 
     events: list[tuple[str, str, str | None]]
+    running: set[FakeServer]
     broken = ""
     """Servers with this argument do not start."""
     dead = ""
@@ -46,6 +47,9 @@ class FakeServer:
         self, model: str, *args: str, env: dict[str, str | None], timeout_s: float, request_timeout_s: float
     ) -> None:
         self.name = "ours" if "SPARSESPEC" in args else "plain"
+        if "--served-model-name" in args:
+            self.name = args[args.index("--served-model-name") + 1]
+        self.keep_log = False
         self.env = env
         self.command = ["python", *args]
         self.startup_s = 1.0
@@ -53,11 +57,20 @@ class FakeServer:
         self._args = args
 
     def __enter__(self) -> FakeServer:
+        self.launch()
+        self.wait_until_healthy()
+        return self
+
+    def launch(self) -> None:
+        FakeServer.running.add(self)
+        self._ready_at = World.now + FakeServer.start_s
+
+    def wait_until_healthy(self) -> None:
         if FakeServer.broken in self._args:
+            FakeServer.running.discard(self)
             raise ServerError("the server died while starting")
         FakeServer.events.append(("start", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
-        World.now += FakeServer.start_s
-        return self
+        World.now = max(World.now, self._ready_at)
 
     def check_alive(self, when: str) -> None:
         if FakeServer.dead == self.name:
@@ -72,7 +85,12 @@ class FakeServer:
         return {"internal_states": [{"sparsespec": {"steps": {}, "lossy": lossy}}]}
 
     def __exit__(self, *exc: object) -> None:
-        FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
+        self.stop()
+
+    def stop(self) -> None:
+        if self in FakeServer.running:
+            FakeServer.running.remove(self)
+            FakeServer.events.append(("stop", self.name, self.env["SGLANG_SIMULATE_ACC_LEN"]))
 
 
 class World:
@@ -87,7 +105,9 @@ class World:
         self.gated: list[str] = []
         self.answer = {"plain": [1, 2], "ours": [1, 2]}
         self.error: Exception | None = None
-        FakeServer.events = []
+        self.failing: set[str] = set()
+        """Servers of these names die in a turn."""
+        FakeServer.events, FakeServer.running = [], set()
         FakeServer.broken = FakeServer.dead = ""
         FakeServer.start_s = World.now = 0.0
         self.prices = {}
@@ -103,6 +123,8 @@ class World:
     def measure(self, server: FakeServer, source: Any, scene: Scene, seed: int) -> dict[str, Any]:
         if self.error is not None:
             raise self.error
+        if server.name in self.failing:
+            raise ServerError("the server died during /generate")
         self._pay("measure", scene)
         self.limits.append(World.now + server.request_timeout_s)
         self.measured.append((server.name, scene.batch, seed))
@@ -111,7 +133,7 @@ class World:
     def answers(self, server: FakeServer, prompts: Any, new_tokens: int) -> list[Any]:
         self.gated.append(server.name)
         self._pay("gate")
-        tokens = self.answer[server.name]
+        tokens = self.answer.get(server.name, [1, 2])
         top = [[[-0.1, token, None], [-9.0, 99, None]] for token in tokens]
         return [{"output_ids": tokens, "meta_info": {"output_top_logprobs": top}}]
 
@@ -276,7 +298,7 @@ def test_steps_are_cut_off_with_the_call(world: World, job: Job, h100: Machine, 
 
 
 def test_a_baseline_that_dies_starts_no_others(
-    world: World, job: Job, h100: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, job: Job, small_card: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each would start, be gated and fail beside it; a minute of a lent card for each."""
     plain, ours = job.contenders
@@ -288,10 +310,156 @@ def test_a_baseline_that_dies_starts_no_others(
 
     monkeypatch.setattr(runner, "measure", measure)
     whole = dataclasses.replace(job, contenders=(plain, *others))
-    assert not make(whole, h100, tmp_path).run()
+    assert not make(whole, small_card, tmp_path).run()
     assert [name for name, _ in world.starts] == ["plain", "ours"]
     failed = {record["pair"] for record in read_records(tmp_path / "results.jsonl") if record["record"] == "failure"}
     assert failed == {other.name for other in others}
+
+
+@pytest.fixture
+def trio(job: Job, ours: Contender) -> Job:
+    """All of it fits on a card: servers plain, a and b."""
+    others = [
+        dataclasses.replace(ours, name=f"sparsespec/{name}", args=(*ours.args, "--served-model-name", name))
+        for name in ("a", "b")
+    ]
+    return dataclasses.replace(job, contenders=(job.contenders[0], *others))
+
+
+def results(out: Path, kind: str) -> set[tuple[str, int, int]]:
+    """Of records of a kind: contender, batch, repeat."""
+    records = read_records(out / "results.jsonl")
+    return {(r["contender"], r["scene"]["batch"], r["repeat"]) for r in records if r["record"] == kind}
+
+
+def test_all_servers_of_a_job_start_at_once_and_take_turns(
+    world: World, trio: Job, h100: Machine, tmp_path: Path
+) -> None:
+    """One start's time for all; the baseline is measured once for everybody; there and back, against drift."""
+    FakeServer.start_s = 60
+    assert make(trio, h100, tmp_path).run()
+    assert world.starts == [("plain", None), ("a", None), ("b", None)]
+    assert [event for event, *_ in FakeServer.events] == ["start"] * 3 + ["stop"] * 3
+    assert World.now == 60
+    assert world.gated == ["plain", "a", "b"]
+    there = [(name, batch, 0) for batch in (2, 4) for name in ("plain", "a", "b")]
+    back = [(name, batch, 1) for batch in (2, 4) for name in ("b", "a", "plain")]
+    assert world.measured == there + back
+    assert len(world.starts) == num_starts(trio, h100)
+    FakeServer.events.clear()
+    assert make(trio, h100, tmp_path).run()
+    assert world.starts == []
+
+
+def test_of_servers_that_start_together_one_fails_alone(world: World, trio: Job, h100: Machine, tmp_path: Path) -> None:
+    """The next call starts it again, beside the baseline, whose turns are on file."""
+    FakeServer.broken = "a"
+    assert not make(trio, h100, tmp_path).run()
+    scenes = {(batch, repeat) for batch in (2, 4) for repeat in (0, 1)}
+    assert results(tmp_path, "failure") == {("sparsespec/a", *scene) for scene in scenes}
+    assert {name for name, *_ in world.measured} == {"plain", "b"}
+    FakeServer.broken = ""
+    FakeServer.events.clear()
+    world.measured.clear()
+    assert make(trio, h100, tmp_path).run()
+    assert world.starts == [("plain", None), ("a", None)]
+    assert {name for name, *_ in world.measured} == {"a"}
+    assert kinds(tmp_path).count("turn") == 12
+    assert "failure" not in kinds(tmp_path)
+
+
+def test_of_servers_that_are_all_up_one_dies_alone(world: World, trio: Job, h100: Machine, tmp_path: Path) -> None:
+    """It goes down at once, for one that hangs would keep the card busy."""
+    world.failing = {"a"}
+    assert not make(trio, h100, tmp_path).run()
+    assert [name for event, name, _ in FakeServer.events if event == "stop"] == ["a", "b", "plain"]
+    assert {name for name, *_ in results(tmp_path, "failure")} == {"sparsespec/a"}
+    assert len(results(tmp_path, "failure")) == 4
+    assert len(world.measured) == 8
+
+
+@pytest.mark.parametrize("dies", ["starting", "measured"])
+def test_a_baseline_that_dies_takes_all_turns_with_it(
+    world: World, trio: Job, h100: Machine, tmp_path: Path, dies: str
+) -> None:
+    """Nothing that follows could be compared; and no server stays behind."""
+    if dies == "starting":
+        FakeServer.broken = "flashinfer"
+    world.failing = {"plain"}
+    assert not make(trio, h100, tmp_path).run()
+    assert world.measured == []
+    assert len(results(tmp_path, "failure")) == 12
+    assert not FakeServer.running
+
+
+def test_servers_that_are_all_up_go_on_after_time_was_up(
+    world: World, trio: Job, h100: Machine, tmp_path: Path
+) -> None:
+    """Each call does what is missing, in order, with those that have something left."""
+    world.prices["measure"] = lambda _: 100.0
+    first = make(trio, h100, tmp_path, max_s=350)
+    assert not first.run()
+    assert first.is_out_of_time
+    assert not FakeServer.running
+    done = list(world.measured)
+    assert 3 <= len(done) <= 4
+    world.prices.clear()
+    assert make(trio, h100, tmp_path).run()
+    assert len(set(world.measured)) == len(world.measured) == 12
+    assert world.gated == ["plain", "a", "b"]
+    # of b, the last turn is missing
+    path = tmp_path / "results.jsonl"
+    kept = [
+        line
+        for line, record in zip(path.read_text().splitlines(keepends=True), read_records(path), strict=True)
+        if (record["contender"], record.get("repeat"), record.get("scene", {}).get("batch")) != ("sparsespec/b", 1, 4)
+    ]
+    path.write_text("".join(kept))
+    FakeServer.events.clear()
+    world.measured.clear()
+    assert make(trio, h100, tmp_path).run()
+    assert world.measured == [("b", 4, 1)]
+    assert world.starts == [("plain", None), ("b", None)]
+
+
+def test_gates_apart_come_before_all_servers_are_up(
+    world: World, trio: Job, shape_target: Target, h200: Machine, tmp_path: Path
+) -> None:
+    """With simulation off they have servers of their own, and nobody but the baseline beside them."""
+    alone = dataclasses.replace(trio, target=shape_target, gate_on=shape_target.name)
+    assert make(alone, h200, tmp_path).run()
+    assert world.starts == [("plain", None), ("a", None), ("b", None), ("a", "7.16"), ("b", "7.16")]
+    assert world.gated == ["plain", "a", "b"]
+    assert len(world.measured) == 12
+    assert len(world.starts) == num_starts(alone, h200)
+
+
+def test_core_on_a_large_card_is_one_start_and_its_turns(
+    world: World, real_target: Target, h100: Machine, h200: Machine, tmp_path: Path
+) -> None:
+    """Seven servers of the real model: on the larger card they are up together, and calls in a row end in time."""
+    [job] = sets.core(h200, sets.Request(model=real_target)).jobs
+    assert len(job.contenders) == 7
+
+    def predicted_s(machine: Machine) -> float:
+        return planner.predicted_s((job,), machine, planner.turns(job, machine, CONTEXT))
+
+    assert predicted_s(h200) < 0.5 * predicted_s(h100)
+    FakeServer.start_s = planner.TOGETHER_STARTS * planner.START_S[True]
+    world.prices = {
+        "gate": lambda: planner.predicted_gate_s(job, h200),
+        "warm_up": lambda scene: planner.COMPILE_S,
+        "measure": lambda scene: planner.predicted_load_s(
+            job.target, h200, scene.batch, scene.prompt_tokens, scene.new_tokens
+        ),
+    }
+    calls, is_done = 0, False
+    while not is_done:
+        calls, began = calls + 1, World.now
+        is_done = make(job, h200, tmp_path, max_s=180).run()
+        assert World.now - began < 180
+    assert 2 <= calls <= 3
+    assert len(world.measured) == kinds(tmp_path).count("turn") == 7 * 3 * 2
 
 
 @pytest.fixture
@@ -348,21 +516,21 @@ def test_a_red_gate_is_on_file(world: World, job: Job, h100: Machine, tmp_path: 
 
 
 def test_a_server_that_does_not_start_costs_its_own_turns(
-    world: World, job: Job, h100: Machine, tmp_path: Path
+    world: World, job: Job, small_card: Machine, tmp_path: Path
 ) -> None:
     """The others are measured; the failed ones are on file with the reason and come again at the next call."""
     plain, ours = job.contenders
     other = Contender("sparsespec/x", "x", (*ours.args, "--broken"))
     FakeServer.broken = "--broken"
     whole = dataclasses.replace(job, contenders=(plain, other, ours))
-    assert not make(whole, h100, tmp_path).run()
+    assert not make(whole, small_card, tmp_path).run()
     records = read_records(tmp_path / "results.jsonl")
     assert {r["contender"] for r in records if r["record"] == "turn"} == {plain.name, ours.name}
     failures = [r for r in records if r["record"] == "failure"]
     assert {r["pair"] for r in failures} == {other.name}
     assert "died while starting" in failures[0]["reason"]
     FakeServer.broken = ""
-    assert make(whole, h100, tmp_path).run()
+    assert make(whole, small_card, tmp_path).run()
     assert "failure" not in kinds(tmp_path)
 
 
