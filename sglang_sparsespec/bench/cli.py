@@ -40,6 +40,8 @@ TINY_CONTEXT = 4096
 CONTEXT = ("machine", "driver", "python", "versions", "commit", "sources", "tp_size")
 """Of the provenance: what decides numbers besides the cells themselves. Others are measured anew."""
 TINY_MIN_BUDGET = "64"
+NO_GATE = "anything (--no-gate)"
+""" "no parity check on ... yet": of a job that is not compared."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
         "--only", action="append", default=[], metavar="TEXT", help="scenes with this in their name (--dry-run); repeat"
     )
     found.add_argument(
+        "--no-gate",
+        action="store_true",
+        help="start no servers to compare output of random weights, which shows little; the page then gives no "
+        "speed-ups for them, and the numbers are in results.jsonl",
+    )
+    found.add_argument(
         "--accept-length",
         action="append",
         default=[],
@@ -107,6 +115,8 @@ def _run(args: argparse.Namespace) -> int:
     request = build_request(args, machine, out)
     check(args.set, request)
     plan = only(SETS[args.set](machine, request), args.only)
+    if args.no_gate:
+        plan = without_gates(plan)
     path = out / "results.jsonl"
     if args.report:
         return _report(path, out)
@@ -209,6 +219,12 @@ def only(plan: Plan, texts: Sequence[str]) -> Plan:
     kept = [value for name, value in names.items() if any(text in name for text in texts)]
     jobs = [dataclasses.replace(job, scenes=tuple(scene for of, scene in kept if of is job)) for job in plan.jobs]
     return Plan(tuple(job for job in jobs if job.scenes), plan.skips)
+
+
+def without_gates(plan: Plan) -> Plan:
+    """No gate on random weights, each of which is a server of its own."""
+    jobs = [job if job.target.has_weights else dataclasses.replace(job, gate_on=NO_GATE) for job in plan.jobs]
+    return Plan(tuple(jobs), plan.skips)
 
 
 def accept_lengths(given: Sequence[str]) -> dict[str, float]:

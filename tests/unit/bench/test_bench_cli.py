@@ -16,12 +16,15 @@ from sglang_sparsespec.bench.measure import scheduler_rate, summarise
 from sglang_sparsespec.bench.records import append_record
 from sglang_sparsespec.bench.report import markdown
 from sglang_sparsespec.bench.shapes import SHAPES, read_shape, write_shape
+from sglang_sparsespec.bench.summary import gate_refusal
 from sglang_sparsespec.bench.window import Trace
 from sglang_sparsespec.errors import ConfigError
 from sglang_sparsespec.model_tools.texts import own_sources
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from sglang_sparsespec.bench.machine import Machine
 
 PNG = b"\x89PNG\r\n"
 
@@ -52,6 +55,21 @@ def test_some_scenes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     error = capsys.readouterr().err
     assert "--only is 'batch 9,'" in error
     assert "tiny-qwen3: batch 8, 1024+" in error
+
+
+def test_a_lent_card_can_do_without_gates_on_random_weights(
+    h100: Machine, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is a start of a minute, to compare nearly tied tokens; what nobody compared gets no speed-up."""
+    monkeypatch.setattr(cli, "detect", lambda *args: h100)
+    argv = ["lossy", "--dry-run", "--repeats", "1", "--out", str(tmp_path), "--only", "batch 32, 11619"]
+    assert cli.main(argv) == cli.FINISHED
+    # five contenders, of which four are compared
+    assert "9 server starts in all" in capsys.readouterr().out
+    assert cli.main([*argv, "--no-gate"]) == cli.FINISHED
+    assert "5 server starts in all" in capsys.readouterr().out
+    refused = {"acceptance": "simulated", "gate_on": cli.NO_GATE, "contender_args": []}
+    assert gate_refusal(refused, []) == "no parity check on anything (--no-gate) yet"
 
 
 def test_ranks_are_part_of_the_plan(tiny_qwen3_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
