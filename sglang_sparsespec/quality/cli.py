@@ -38,6 +38,8 @@ def load(args: argparse.Namespace) -> PagedModel:
         torch.set_num_threads(args.threads)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    # torch prefers cuDNN's attention on Hopper, which makes a plan anew for each shape of a mask: every token here
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return PagedModel(args.model, device=args.device, dtype=getattr(torch, args.dtype))
 
 

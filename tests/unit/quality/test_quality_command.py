@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from sglang_sparsespec.errors import ConfigError
-from sglang_sparsespec.quality import cli, measure, needles, plot, report
+from sglang_sparsespec.quality import arguments, cli, measure, needles, plot, report
 from sglang_sparsespec.quality.calibrate import Similarity
 from sglang_sparsespec.quality.measure import Quality, Workload
 from sglang_sparsespec.quality.settings import EVERY_LAYER, Setting, cross
@@ -39,6 +39,13 @@ DEFAULTS: dict[str, list[Any]] = {
 def run(command: str, model: Path, *options: str) -> int:
     extra = MEASURE if command == "measure" else []
     return cli.main([command, str(model), *QUICK, *extra, *options])
+
+
+def test_no_attention_kernel_that_is_planned_anew_for_each_shape(tiny_qwen3_path: Path) -> None:
+    """A mask here grows with every token; cuDNN, which torch prefers on Hopper, would plan for minutes."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    cli.load(arguments.parse(["measure", str(tiny_qwen3_path), "--device", "cpu"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_from_calibration_to_a_picture(
