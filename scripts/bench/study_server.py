@@ -18,7 +18,8 @@ CONTROL is a JSON file, read again when it has changed:
 Rounds with a k or a schedule from outside teach the server nothing. Every round whose results have arrived is a line in
 CONTROL.rounds: [seconds, requests, k, tokens in the pool, milliseconds or null, drafts that stood by request, label,
 tokens that each request decoded if k = 0]. Rounds that only make a new selection have no milliseconds. With schedule
-auto each round of all drafts is a line in CONTROL.schedules as well: [requests, milliseconds or null, its schedule].
+auto each round of all drafts is a line in CONTROL.schedules as well: [requests, milliseconds or null, its schedule,
+label]. Labels, and whether the server learns, are of the moment at which a round was planned: its results come later.
 
 Every prefill is a line in CONTROL.prefills: [seconds, requests, tokens, milliseconds from the results before it to its
 own], on a plain server too: what it holds everybody up for.
@@ -150,16 +151,23 @@ def install_schedules(control: Control, adaptive: Any) -> None:
 
     choose, learn = adaptive.RoundSteps._agreed_schedule, ScheduleChoice.observe
 
+    # of rounds in flight, whose times arrive in order
+    planned: deque[tuple[str, bool]] = deque()
+
     def agreed(self: Any, chosen: Any) -> str:
-        wanted = control.now.get("schedule")
-        if wanted is None or self._choice is None or chosen.num_steps != self.max_steps:
+        if self._choice is None or chosen.num_steps != self.max_steps:
             return choose(self, chosen)
-        return wanted
+        # some may have been given up
+        while len(planned) > sum(one.round.num_steps == self.max_steps for one in self._in_flight):
+            planned.popleft()
+        wanted = control.now.get("schedule")
+        planned.append((control.now.get("label", ""), wanted is None))
+        return choose(self, chosen) if wanted is None else wanted
 
     def observe(self: Any, schedule: str, num_reqs: int, pool_tokens: int, round_ms: float | None) -> None:
-        control.schedules.write(json.dumps([num_reqs, round_ms, schedule]) + "\n")
-        # a schedule is set while the server is idle: this holds of the round as well
-        if control.now.get("schedule") is None:
+        label, is_own = planned.popleft()
+        control.schedules.write(json.dumps([num_reqs, round_ms, schedule, label]) + "\n")
+        if is_own:
             learn(self, schedule, num_reqs, pool_tokens, round_ms)
 
     adaptive.RoundSteps._agreed_schedule = agreed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def turn(script: ModuleType, schedule: str, repeat: int, speed: float, **changes: Any) -> dict[str, Any]:
     ran = {name: 20 if name == schedule else 0 for name in ("lockstep", "unified")}
-    numbers = dict.fromkeys(script.TURN, 2.0) | {"tokens_per_s": speed, "rounds": ran}
+    numbers = dict.fromkeys(script.TURN + script.CLOCK, 2.0) | {"tokens_per_s": speed, "rounds": ran}
     return {"schedule": schedule, "repeat": repeat, **numbers, **changes}
 
 
@@ -87,18 +88,91 @@ def test_the_table_says_what_was_missed(script: ModuleType) -> None:
     ours = turns(script, auto=[90.0], lockstep=[100.0], unified=[80.0])
     traced = {"lockstep": {"host": {"iteration_ms": 0.8, "forward_ms": 0.1}, "idle_share": 0.015}}
     records = [
-        {**scene, "who": "plain", "turns": turns(script, plain=[50.0]), "traces": {}},
-        {**scene, "who": "sparsespec", "turns": ours, "traces": traced},
-        {**scene, "batch": 64, "who": "sparsespec", "turns": ours, "traces": {}},
+        {**scene, "what": "scene", "who": "plain", "turns": turns(script, plain=[50.0])},
+        {**scene, "what": "scene", "who": "sparsespec", "turns": ours},
+        {**scene, "what": "traces", "who": "sparsespec", "traces": traced},
+        {**scene, "what": "scene", "batch": 64, "who": "sparsespec", "turns": ours},
     ]
-    failed = [{**scene, "who": "plain", "batch": 64, "reason": "never 64 requests\nand more"}]
-    shown = script.table(SimpleNamespace(of=lambda kind, what: records if kind == "result" else failed))
+    failed = [{**scene, "what": "scene", "who": "plain", "batch": 64, "reason": "never 64 requests\nand more"}]
+    shown = script.table(book_of(records, failed))
     assert "| 16 x 2,048 | lockstep | 100 | 2.00 |" in shown
-    assert "16 x 2,048: auto 0.900 (0.900 to 0.900) of lockstep, the better: MISSED" in shown
+    assert (
+        "16 x 2,048: auto 0.900 (0.900 to 0.900, mean 0.900) of lockstep, the better; rounds alone 1.000: MISSED"
+        in shown
+    )
     assert "host's own time 0.8 ms a round, 0.1 a forward; GPU idle 1.5 %" in shown
     # without plain there is no ratio to it
     assert "| 64 x 2,048 | lockstep | 100 |  |" in shown
     assert "failure: plain, 64 x 2,048: never 64 requests" in shown
+
+
+def book_of(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> SimpleNamespace:
+    found = {"result": results, "failure": failures}
+    return SimpleNamespace(of=lambda kind, what: [record for record in found[kind] if record["what"] == what])
+
+
+def test_plain_that_outruns_the_client_counts_by_the_schedulers_clock(script: ModuleType) -> None:
+    """A small model on a fast card makes more chunks than a client reads; the ratio would flatter drafts."""
+    scene = {"what": "scene", "batch": 256, "prompt_tokens": 2048, "new_tokens": 384}
+    slow = [turn(script, "plain", i, 100.0, scheduler_tokens_per_s=200.0) for i in range(2)]
+    ours = turns(script, auto=[300.0], lockstep=[300.0], unified=[80.0])
+    shown = script.table(
+        book_of([{**scene, "who": "plain", "turns": slow}, {**scene, "who": "sparsespec", "turns": ours}], [])
+    )
+    assert "| 256 x 2,048 | plain | 200* | 1.00 |" in shown
+    assert "| 256 x 2,048 | lockstep | 300 | 1.50 |" in shown
+
+
+def test_rounds_say_what_luck_with_drafts_hides(script: ModuleType) -> None:
+    ours = turns(script, auto=[90.0, 99.0], lockstep=[100.0, 100.0], unified=[80.0, 80.0])
+    for one in ours:
+        one["clock_ms"] = {"auto": 50.5, "lockstep": 50.0, "unified": 60.0}[one["schedule"]]
+    assert script.over_better_by_clock(ours) == pytest.approx(50.0 / 50.5)
+    ours[0]["clock_ms"] = None
+    assert script.over_better_by_clock(ours) is None
+
+
+def planned(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *options: str) -> Any:
+    """A bench of the 8B shape that has measured nothing."""
+    monkeypatch.setattr(script, "detect", lambda: CARD)
+    args = script.arguments(["--shape", "qwen3-8b", *options])
+    shape = shape_from_config(SHAPES["qwen3-8b"])
+    target = Target("qwen3-8b", "", "bfloat16", shape, has_weights=False)
+    book = SimpleNamespace(has=lambda thing: False)
+    return script.Bench(args, book, script.Allowance(args.max_minutes, time.monotonic()), target)
+
+
+def test_traces_come_behind_all_turns(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a profiler leaves behind must slow no turn; and the last scene's prompts are cached then."""
+    bench = planned(script, monkeypatch, "--batches", "16", "64", "128", "--profile", "16", "128")
+    assert [(scene.batch, what) for scene, what in bench.to_do("sparsespec")] == [
+        *((batch, "scene") for batch in (16, 64, 128)),
+        *((batch, "traces") for batch in (128, 16)),
+    ]
+    assert all(what == "scene" for _, what in bench.to_do("plain"))
+    # without a list, all of them
+    assert script.arguments(["--tiny", "--profile", "--batches", "4", "8"]).profile == [4, 8]
+    assert script.arguments(["--tiny"]).profile == []
+
+
+def test_no_server_starts_for_a_scene_that_there_is_no_time_for(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A start takes a minute of a card."""
+    bench = planned(script, monkeypatch, "--max-minutes", "1.1")
+    monkeypatch.setattr(script, "Server", lambda *args, **options: pytest.fail("it was started"))
+    assert not bench.run("sparsespec", tmp_path)
+
+
+def test_what_a_server_takes_is_learnt_from_its_own_scenes(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours is twice as fast as plain: by plain's pace a call would end with a scene's time unused."""
+    bench = planned(script, monkeypatch)
+    scene = bench.scenes[2]
+    first = bench.predicted_s("sparsespec", scene, "scene")
+    bench._pace["sparsespec"] = 0.5
+    assert bench.predicted_s("sparsespec", scene, "scene") == pytest.approx(first / 2)
+    # of plain there are fewer turns, and its first load is short
+    assert bench.predicted_s("plain", scene, "scene") < first / 2
 
 
 def test_what_was_not_measured_has_no_median(script: ModuleType) -> None:
@@ -124,15 +198,17 @@ def test_a_schedule_that_is_set_rules_and_teaches_nothing(monkeypatch: pytest.Mo
     server.install_schedules(control, steps)
     ask = steps.RoundSteps._agreed_schedule
     rounds = [SimpleNamespace(num_steps=8), SimpleNamespace(num_steps=3)]
-    asking = SimpleNamespace(_choice=object(), max_steps=8)
+    asking = SimpleNamespace(_choice=object(), max_steps=8, _in_flight=[])
     assert [ask(asking, chosen) for chosen in rounds] == ["auto's"] * 2
+    asking._in_flight = [SimpleNamespace(round=rounds[0]), SimpleNamespace(round=rounds[1])]
     cost = ServerCost(weights_ms=1.0, row_ms=0.1, kv_ms=0.001, budget_ratio=0.05, min_budget=64)
     choice = ScheduleChoice(cost, 8)
-    choice.observe("lockstep", 4, 1000, 10.0)
-    control.now = {"schedule": "unified"}
+    control.now = {"schedule": "unified", "label": "turn 1"}
     # a round of fewer drafts has one schedule only
     assert [ask(asking, chosen) for chosen in rounds] == ["unified", "auto's"]
+    # the round before was planned by auto: its results come when the next schedule is set already
+    choice.observe("lockstep", 4, 1000, 10.0)
     choice.observe("unified", 4, 1000, None)
     assert learned == [("lockstep", 4, 1000, 10.0)]
     lines = server.schedules_file(path).read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [[4, 10.0, "lockstep"], [4, None, "unified"]]
+    assert [json.loads(line) for line in lines] == [[4, 10.0, "lockstep", ""], [4, None, "unified", "turn 1"]]
