@@ -4,17 +4,20 @@
     python scripts/bench/rows.py --model PATH                        # real weights, real acceptance
     python scripts/bench/rows.py --tiny --batch 16                   # CPU: its times mean nothing, its rows do
 
-One server after another; each answers the same requests, all at once, and every forward of its rounds is written down
-(scripts/bench/rows_server.py). What is shown begins when all requests decode.
+One server after another (with --together both start at a time, and answer one after the other); each answers the same
+requests, all at once, and every forward of its rounds is written down (scripts/bench/rows_server.py). What is shown
+begins when all requests decode.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +32,7 @@ from sglang_sparsespec.bench.provenance import provenance
 from sglang_sparsespec.bench.server import Server, has_gpu
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 ROWS_SERVER = [sys.executable, str(Path(__file__).resolve().parent / "rows_server.py")]
 SCHEDULES = ("lockstep", "unified")
@@ -100,8 +103,11 @@ def plot(found: dict[str, list[Forward]], path: Path, span: int, *, by_time: boo
     figure.savefig(path, dpi=120)
 
 
-def watch(model: Path, schedule: str, args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> list[Forward]:
-    """Serve the prompts by one schedule; every forward, in order."""
+@contextlib.contextmanager
+def watched(
+    model: Path, schedule: str, args: argparse.Namespace, prompts: Sequence[Sequence[int]]
+) -> Iterator[Callable[[], list[Forward]]]:
+    """A server by one schedule; what it yields serves the prompts and returns every forward, in order."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows"
         file.touch()
@@ -118,12 +124,33 @@ def watch(model: Path, schedule: str, args: argparse.Namespace, prompts: Sequenc
         if args.shape:
             ours += ["--load-format", "dummy", "--skip-tokenizer-init"]
         ours += ["--cuda-graph-bs-decode", str(args.batch), "--dtype", "bfloat16" if has_gpu() else "float32"]
+
+        def serve() -> list[Forward]:
+            sampling = {"temperature": 0.0, "max_new_tokens": args.new_tokens, "ignore_eos": True}
+            run_requests(server.url, prompts, sampling, concurrency=len(prompts), timeout_s=900)
+            return [Forward(*json.loads(line)) for line in file.read_text().splitlines()]
+
         with Server(
             model, *ours, *args.server_arg, env={**env, ROWS: str(file)}, command=ROWS_SERVER, timeout_s=600
         ) as server:
-            sampling = {"temperature": 0.0, "max_new_tokens": args.new_tokens, "ignore_eos": True}
-            run_requests(server.url, prompts, sampling, concurrency=len(prompts), timeout_s=900)
-        return [Forward(*json.loads(line)) for line in file.read_text().splitlines()]
+            yield serve
+
+
+def watch_all(model: Path, args: argparse.Namespace, prompts: Sequence[Sequence[int]]) -> dict[str, list[Forward]]:
+    """Every forward by each schedule. Servers that are up together never work at the same time."""
+    servers = {schedule: watched(model, schedule, args, prompts) for schedule in SCHEDULES}
+    found = {}
+    if not args.together:
+        for schedule, server in servers.items():
+            with server as serve:
+                found[schedule] = serve()
+        return found
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(servers)) as pool:
+        starts = [pool.submit(stack.enter_context, server) for server in servers.values()]
+        # whoever still starts would be in the way
+        serves = [start.result() for start in starts]
+        found = {schedule: serve() for schedule, serve in zip(servers, serves, strict=True)}
+    return found
 
 
 def main() -> int:
@@ -134,6 +161,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=200)
     parser.add_argument("--accept-length", type=float, default=7.16, help="SIMULATED, bonus token counted")
     parser.add_argument("--server-arg", action="append", default=[], help="for both servers; repeat")
+    parser.add_argument("--together", action="store_true", help="start both servers at a time (a big GPU)")
     parser.add_argument("--json", type=Path, help="JSON lines: one per schedule, with every forward that is shown")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--span", type=int, default=36, help="forwards in the plot and in the JSON lines")
@@ -142,7 +170,8 @@ def main() -> int:
         target = target_of(args, Path(folder))
         scene = Scene(args.batch, args.context, args.new_tokens)
         prompts = measure.PromptSource(target).prompts(scene, seed=0)
-        found = {schedule: steady(watch(Path(target.path), schedule, args, prompts)) for schedule in SCHEDULES}
+        watched_all = watch_all(Path(target.path), args, prompts)
+        found = {schedule: steady(forwards) for schedule, forwards in watched_all.items()}
     print("| schedule | rows of a forward, by kind | mean | highest over mean | share of time in the highest |")
     print("|---|---|---|---|---|")
     lines = []
