@@ -71,7 +71,8 @@ def test_adaptive_server_decides_and_shows_it(server: Server, parity_record: Par
         assert f"sglang:sparsespec_{name}{{" in text
     reasons = dict(re.findall(r'sparsespec_reason\{.*?reason="(.*?)",what="k"\} (\S+)', text))
     assert list(reasons.values()).count("1.0") == 1, reasons
-    assert set(reasons) <= {"nothing measured yet", "the fastest by the cost model", "drafting does not pay"}
+    measured = {"the fastest by the cost model", "drafting does not pay"}
+    assert set(reasons) <= measured | {"nothing measured yet", "a first guess by the cost model"}
     assert "over plain decoding" in server.log_text()
     # drafts were made, if only until it found that they do not pay
     used = [output["meta_info"]["spec_correct_drafts_histogram"] for output in [*first, *outputs]]
