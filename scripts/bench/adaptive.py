@@ -2,7 +2,7 @@
 
     python scripts/bench/adaptive.py cells --shape qwen3-1.7b --json cells.jsonl --max-minutes 9    # an 80 GB card
     python scripts/bench/adaptive.py load --shape qwen3-1.7b --json load.jsonl --plot load.png      # rises and falls
-    python scripts/bench/adaptive.py cells load --model PATH       # real weights, real acceptance; both on the same servers
+    python scripts/bench/adaptive.py cells load --model PATH       # real weights, real acceptance; both on two servers
     python scripts/bench/adaptive.py cells --tiny --batches 2 --contexts 64    # CPU: shows that everything works
 
 Two servers are up, plain SGLang and SPARSESPEC with --sparsespec-adaptive (both scripts/bench/study_server.py), and one

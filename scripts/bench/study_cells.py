@@ -222,12 +222,18 @@ def judge(
 
 
 def by_steps(rounds: Sequence[RoundLine]) -> dict[str, list[float]]:
-    """k: [timed rounds, their median ms]: what the controller's rounds took beside those of the same fixed k."""
+    """k: [timed rounds, their median ms, their mean ms]: what the controller's rounds took beside those of the same k.
+
+    A mean far above the median says that something held single rounds up.
+    """
     times: dict[int, list[float]] = {}
     for line in rounds:
         if line.round_ms is not None:
             times.setdefault(line.num_steps, []).append(line.round_ms)
-    return {str(k): [len(found), round(statistics.median(found), 3)] for k, found in sorted(times.items())}
+    return {
+        str(k): [len(found), round(statistics.median(found), 3), round(statistics.fmean(found), 3)]
+        for k, found in sorted(times.items())
+    }
 
 
 def wanted_cells(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ TOGETHER_SERVER_BYTES = 5 << 30
 """The same where all servers of a job are up: the most that was seen. One that takes more takes it from the tenth of
 the card that stays free."""
 TOGETHER_STARTS = 1.5
-"""Time of all of them to start in parallel, over that of one alone. A guess until it is seen."""
+"""Time of all of them to start in parallel, over that of one alone. Seen on an H200: six in 79 s, one in 50 to 66."""
 START_S = {True: 60.0, False: 40.0}
 """Of a server, with and without a GPU; seen with kernels compiled, and with two servers on two cores."""
 SPARE_REQUESTS = 4

@@ -29,13 +29,19 @@ def provenance(*, use_gpu: bool = True) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
         "machine": torch.cuda.get_device_name() if on_gpu else processor,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
+        "driver": driver() if on_gpu else None,
         "python": platform.python_version(),
         "versions": {package: version(package) for package in PACKAGES},
         "commit": commit(),
         "sources": sources_digest(),
         "command": command(sys.argv),
     }
+
+
+def driver() -> str | None:
+    """Of the cards, which nvidia-smi names one by one."""
+    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return None if versions is None else ", ".join(dict.fromkeys(versions.split()))
 
 
 def command(argv: list[str]) -> str:

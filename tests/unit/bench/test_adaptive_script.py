@@ -197,8 +197,8 @@ def test_a_cell_says_what_plain_took_before_and_after(cells: ModuleType) -> None
     assert (found["best_k"], found["own_k"], found["over_best"], found["plain_drift"]) == (4, 4, 1.0, 0.05)
     assert found["over_plain"] == pytest.approx(cells.expected_tokens([0.8], 4) / 18 * 10.25, abs=1e-4)
     assert found["settled_after_rounds"] == 0
-    assert found["own_rounds_ms"] == {"4": [5 * cells.turn_rounds(2)[1], 18.0]}
-    assert found["fixed_rounds_ms"]["8"] == [5 * cells.turn_rounds(2)[0], 40.0]
+    assert found["own_rounds_ms"] == {"4": [5 * cells.turn_rounds(2)[1], 18.0, 18.0]}
+    assert found["fixed_rounds_ms"]["8"] == [5 * cells.turn_rounds(2)[0], 40.0, 40.0]
     # with real acceptance by the rates of all turns: drafts 1 and 2 always stood here, 3 never
     real = cells.judge(plain, settling.turn(None, None, 96), turns, None)
     assert real["rates"][:3] == [1.0, 1.0, 0.0]
