@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from study_client import FAILURES, RequestsEndedError
-from study_rounds import Plain, RoundLine, expected_tokens, over_plain, pooled_rates, rounds_to_settle, verdict
+from study_rounds import (
+    Plain,
+    RoundLine,
+    expected_tokens,
+    over_plain,
+    pooled_rates,
+    rounds_to_settle,
+    speed,
+    verdict,
+)
 
 from sglang_sparsespec.bench.cells import RESERVE_TOKENS, Scene
 from sglang_sparsespec.config import SparseSpecConfig
@@ -207,6 +216,8 @@ def judge(
     pool = statistics.fmean(line.pool_tokens for line in own)
     return {
         **verdict(ratios[OWN], {k: ratios[k] for k in choices}),
+        # (tokens per second, tokens in the pool) of each turn, "own" and each k: all that the ratios are made of
+        "speeds": {str(what): [rounded(speed(rounds, taken)) for rounds in repeats] for what, repeats in turns.items()},
         "own_k": statistics.mode(line.num_steps for line in own),
         "own_rounds_ms": by_steps(own),
         "fixed_rounds_ms": by_steps([line for k in choices for rounds in turns[k] for line in rounds]),
@@ -219,6 +230,10 @@ def judge(
         "plain_after": [[round(at), round(ms, 4)] for at, ms in plain.after],
         "plain_drift": round(plain.drift, 4),
     }
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
 
 
 def by_steps(rounds: Sequence[RoundLine]) -> dict[str, list[float]]:

@@ -78,6 +78,20 @@ def test_plain_is_compared_at_the_same_pool(rounds_of: ModuleType) -> None:
     assert plain.step_ms(9999) == pytest.approx(15.0)
 
 
+def test_noise_of_a_plain_point_is_not_a_difference_between_k(rounds_of: ModuleType) -> None:
+    """Two turns of the same speed at two pools, beside a plain server one of whose six points was held up."""
+    noisy = rounds_of.Plain(((1000, 2.0), (2000, 2.6), (3000, 2.1)), ((1000, 2.0), (2000, 2.05), (3000, 2.1)))
+    ratios = [
+        rounds_of.over_plain(rounds(rounds_of, (0, 2.0 + 1e-4 * (pool - 1000) / 2, [0] * 4), pool=pool), [0.7], noisy)
+        for pool in (1000, 2000, 3000)
+    ]
+    assert max(ratios) < 1.02 * min(ratios)
+    # a step that became shorter with more KV is noise, too
+    falling = rounds_of.Plain(((1000, 2.2),), ((3000, 2.0),))
+    assert falling.step_ms(1000) == falling.step_ms(3000) == pytest.approx(2.1)
+    assert rounds_of.Plain(((1000, 2.0),), ((1000, 2.2),)).step_ms(1000) == pytest.approx(2.1)
+
+
 def test_a_hiccup_is_not_the_time_of_a_plain_step(rounds_of: ModuleType) -> None:
     """One long step among 24 would flatter everybody who is compared with it."""
     lines = rounds(rounds_of, *[(0, 50.0 if i == 3 else 10.0, [0, 0]) for i in range(24)])
