@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from sglang_sparsespec.quality.measure import Quality
 
+# colours come round after ten settings; the next ten have another marker
+NUM_COLOURS, MARKERS = 10, "oD^sv"
 SHARES = {"read_share": "share of the KV read", "channels_kept": "channels kept", "experts_kept": "experts kept"}
 
 
@@ -48,8 +50,10 @@ def draw(found: Sequence[Quality], path: Path) -> None:
             points = [(getattr(quality, share), loss) for quality, (loss, _) in zip(shown, values, strict=True)]
             for quality, (x, y), (_, error) in zip(shown, points, values, strict=True):
                 name = setting_name(quality, ks)
-                # a setting has one colour in all panels
-                look = {"marker": "o", "markersize": 4, "linestyle": "none", "color": f"C{found.index(quality)}"}
+                # a setting looks the same in all panels
+                number = found.index(quality)
+                marker = MARKERS[number // NUM_COLOURS % len(MARKERS)]
+                look = {"marker": marker, "markersize": 4, "linestyle": "none", "color": f"C{number}"}
                 panel.errorbar(x, y, yerr=error, label=name, **look)
             panel.plot(*zip(*front(points), strict=True), color="grey", linewidth=1, zorder=0)
             panel.grid(alpha=0.3)
