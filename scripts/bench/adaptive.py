@@ -14,8 +14,8 @@ times over: the controller's k, then each fixed k. A turn's speed is the tokens 
 over the time between their results: by the given rates or, with real acceptance, by how often drafts of each position
 stood in all turns of the cell together (a turn of few rounds would compare luck). Plain decoding is measured right
 before and right after the turns, by the same clock in its own scheduler, on the same prompts at two or three lengths
-from where the turns begin to where they end at most; its time at a turn's pool is read between these points, and both
-are on file. The controller begins each cell without any knowledge; what it takes until it has settled is reported
+from where the turns begin to where they end at most; its time at a turn's pool is read off one line through these
+points, and all are on file. The controller begins each cell without any knowledge; what it takes until it has settled is reported
 apart.
 
 With --json each cell, and in `load` each contender, is a line of that file as soon as it is measured, and the same
