@@ -15,8 +15,8 @@ over the time between their results: by the given rates or, with real acceptance
 stood in all turns of the cell together (a turn of few rounds would compare luck). Plain decoding is measured right
 before and right after the turns, by the same clock in its own scheduler, on the same prompts at two or three lengths
 from where the turns begin to where they end at most; its time at a turn's pool is read off one line through these
-points, and all are on file. The controller begins each cell without any knowledge; what it takes until it has settled is reported
-apart.
+points, and all are on file. The controller begins each cell without any knowledge; what it takes until it has settled
+is reported apart.
 
 With --json each cell, and in `load` each contender, is a line of that file as soon as it is measured, and the same
 command goes on where it was: what is on file with the same machine, versions, commit, model and options is not measured
