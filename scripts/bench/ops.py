@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -180,29 +180,58 @@ def draft_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[
 
 def flashinfer_decode(q: torch.Tensor, pool: Pool, slots: torch.Tensor, shape: Shape) -> Callable[[], Any]:
     """FlashInfer's paged decode on the pool seen as [slots * H, 1, D]: KV heads folded into the batch."""
-    import flashinfer
-
     batch, heads = q.shape[0], shape.num_kv_heads
     group = shape.num_q_heads // heads
-    width = slots.shape[-1]
     folded = slots.expand(-1, heads, -1).long() * heads + torch.arange(heads, device=q.device)[None, :, None]
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=group >= 4)
-    wrapper.plan(
-        torch.arange(batch * heads + 1, dtype=torch.int32, device=q.device) * width,
-        folded.flatten().to(torch.int32),
-        torch.ones(batch * heads, dtype=torch.int32, device=q.device),
-        group,
-        1,
-        shape.head_dim,
-        1,
-        q_data_type=q.dtype,
-        kv_data_type=q.dtype,
-        sm_scale=pool.scale,
-    )
+    one_head = Shape(shape.name, group, 1, shape.head_dim)
+    run = planned_decode(folded.flatten(0, 1).to(torch.int32), q.dtype, one_head, pool.scale)
     folded_q = q.view(batch * heads, group, shape.head_dim)
     k, v = (cache.view(-1, 1, 1, shape.head_dim) for cache in (pool.k, pool.v))
-    return lambda: wrapper.run(folded_q, (k, v))
+    return lambda: run(folded_q, (k, v))
+
+
+def planned_decode(lists: torch.Tensor, dtype: torch.dtype, shape: Shape, scale: float) -> Callable[..., Any]:
+    """FlashInfer's paged decode, planned for `lists` [R, W] of slots, with tensor cores where SGLang's has them."""
+    import flashinfer
+
+    use_tensor_cores = shape.num_q_heads >= 4 * shape.num_kv_heads
+    num_lists, width = lists.shape
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=lists.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=use_tensor_cores)
+    wrapper.plan(
+        torch.arange(num_lists + 1, dtype=torch.int32, device=lists.device) * width,
+        lists.flatten(),
+        torch.ones(num_lists, dtype=torch.int32, device=lists.device),
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
+        1,
+        q_data_type=dtype,
+        kv_data_type=dtype,
+        sm_scale=scale,
+    )
+    return cast("Callable[..., Any]", wrapper.run)
+
+
+def plain_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
+    """A round without drafts: one query a request, with and without scores, and what plain SGLang runs."""
+    pool = make_pool(shape, batch, length, device)
+    q = torch.randn(batch, 1, shape.num_q_heads, shape.head_dim, device=device).to(pool.k.dtype)
+    table = (pool.req_to_token, pool.rows, pool.lens, torch.ones_like(pool.lens))
+    options: dict[str, Any] = {"scale": pool.scale, "max_len": pool.req_to_token.shape[1]}
+    scores = torch.empty(shape.num_kv_heads, batch * length, device=device)
+    starts = torch.arange(batch, device=device) * length
+    yield {"op": "plain"}, lambda: paged_attention(q, pool.k, pool.v, *table, **options), pool.kv_bytes
+    yield (
+        {"op": "one token verified, anchored scores"},
+        lambda: paged_attention(q, pool.k, pool.v, *table, anchored_scores=scores, score_starts=starts, **options),
+        pool.kv_bytes,
+    )
+    if device == "cuda":
+        lists = pool.req_to_token[:, : length + 1].contiguous()
+        run = planned_decode(lists, q.dtype, shape, pool.scale)
+        k, v = pool.k.unsqueeze(1), pool.v.unsqueeze(1)
+        yield {"op": "flashinfer decode"}, lambda: run(q[:, 0], (k, v)), pool.kv_bytes
 
 
 def verify_cases(shape: Shape, batch: int, length: int, device: str) -> Iterator[Case]:
@@ -426,6 +455,7 @@ def copy_gb_s(device: str) -> float:
 
 GROUPS = {
     "draft": draft_cases,
+    "plain": plain_cases,
     "verify": verify_cases,
     "mixed": mixed_cases,
     "sparse-verify": sparse_verify_cases,
@@ -434,6 +464,7 @@ GROUPS = {
 }
 SIZES = {
     "draft": [(128, 4096), (128, 8192), (128, 16384), (32, 8192), (8, 8192), (1, 8192)],
+    "plain": [(8, 256), (128, 256), (32, 2048), (32, 6144), (128, 6144), (8, 32768)],
     "verify": [(32, 4096), (128, 4096), (64, 8192), (32, 32768), (128, 16384), (8, 8192)],
     "mixed": [(128, 2930), (32, 11000)],
     "sparse-verify": [(32, 11619), (8, 32512), (128, 4096)],
@@ -443,6 +474,7 @@ SIZES = {
 }
 SMALL_SIZES = {
     "draft": [(2, 256)],
+    "plain": [(2, 256)],
     "verify": [(2, 256)],
     "mixed": [(10, 256)],
     "sparse-verify": [(2, 256)],

@@ -2,6 +2,9 @@
 
     python scripts/bench/tiles.py --kernel draft          # on a GPU host; about two minutes, most of it compilation
     python scripts/bench/tiles.py --kernel verify --shape qwen3-8b
+    python scripts/bench/tiles.py --kernel plain --shape smollm2 --batch 32 --tokens 6144   # rounds without drafts
+
+`resident` is how many programs of the verify kernel on a multiprocessor its splits aim at.
 
 The chosen tiles stand first. Sizes, bytes and shares are those of ops.py, which is the gated measurement.
 """
@@ -14,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import ops
 import torch
 
-from sglang_sparsespec.ops import _paged_kernels
+from sglang_sparsespec.ops import _launch, _paged_kernels
 from sglang_sparsespec.ops.sparse_decode import triton_impl as sparse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+RESIDENT = "resident"
 DRAFT_TILES = [
     {"BS": block, "num_warps": warps, "num_stages": stages}
     for block, warps, stages in (
@@ -43,14 +47,23 @@ VERIFY_TILES = [
     for warps in (4, 8)
     for stages in (2, 3)
 ]
+PLAIN_TILES = [
+    {"BN": block, "num_warps": warps, "num_stages": stages, RESIDENT: resident}
+    for block in (64, 128, 256)
+    for warps in (2, 4)
+    for stages in (2, 3, 4)
+    for resident in (2, 4, 8)
+]
 KERNELS: dict[str, tuple[Any, list[dict[str, int]], str]] = {
     "draft": (sparse, DRAFT_TILES, "sparse_decode"),
+    "plain": (_paged_kernels, PLAIN_TILES, "plain"),
     "verify": (_paged_kernels, VERIFY_TILES, "verify"),
 }
 
 
 def with_tiles(choose: Callable[..., dict[str, int]], tiles: dict[str, int]) -> Callable[..., dict[str, int]]:
-    return lambda *sizes: {**choose(*sizes), **tiles}
+    own = {name: value for name, value in tiles.items() if name != RESIDENT}
+    return lambda *sizes: {**choose(*sizes), **own}
 
 
 def main() -> None:
@@ -64,10 +77,11 @@ def main() -> None:
     module, variants, prefix = KERNELS[args.kernel]
     shape = next(shape for shape in ops.SHAPES if shape.name == args.shape)
     bandwidth = ops.copy_gb_s("cuda")
-    choose = module.choose_tiles
+    choose, resident = module.choose_tiles, _launch.VERIFY_RESIDENT
     print(f"copy: {bandwidth:.0f} GB/s\n\n| op | tiles | us | share |\n|---|---|---|---|")
     for tiles in [{}, *variants]:
         module.choose_tiles = with_tiles(choose, tiles)
+        _launch.VERIFY_RESIDENT = tiles.get(RESIDENT, resident)
         for what, run, num_bytes in ops.GROUPS[args.kernel](shape, args.batch, args.tokens, "cuda"):
             if not what["op"].startswith(prefix) or what.get("block", 1) != 1:
                 continue
