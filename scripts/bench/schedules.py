@@ -12,10 +12,10 @@ SIMULATED without --model.
 
 A turn is a load that all requests begin together; counted is what a client gets while all of them decode
 (`sglang_sparsespec/bench/window.py`); beside it stands what rounds took by the server's own clock, which knows neither
-luck with drafts nor a slow client. With --profile a few rounds of each schedule are traced
-(`sglang_sparsespec/bench/trace.py`) when all turns are over, since a profiler may leave something behind that slows
-launches. With --json a scene is on file as soon as a server is through with it, and the same command goes on where it
-was. Exit code 0: `auto` is within 3 % of the better schedule everywhere; 1: it is not, or
+luck with drafts nor a slow client, and on a GPU what an iteration takes of the host. With --profile a few rounds of
+each schedule are traced (`sglang_sparsespec/bench/trace.py`) when all turns are over, since a profiler may leave
+something behind that slows launches. With --json a scene is on file as soon as a server is through with it, and the
+same command goes on where it was. Exit code 0: `auto` is within 3 % of the better schedule everywhere; 1: it is not, or
 something failed; 3: --max-minutes were up before the end.
 """
 
@@ -31,10 +31,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from study_book import Allowance
 from study_client import DEATH_S, FAILURES, Watched, write_control
 from study_rounds import LinesFile
-from study_server import COMMAND, CONTROL, schedules_file
+from study_server import COMMAND, CONTROL, hosts_file, schedules_file
 from study_target import MET, MISSED, TIME_IS_UP, add_target, open_book, target_of
 
 from sglang_sparsespec.bench import contenders as who
@@ -251,8 +252,10 @@ class Bench:
             for num_reqs, ms, by, turn in LinesFile(schedules_file(control)).new()
             if turn == label and num_reqs == scene.batch
         ]
+        iterations = [times for *times, turn in LinesFile(hosts_file(control)).new() if turn == label]
         return {
             **{key: numbers[key] for key in TURN},
+            "host": host_of([times for num_reqs, *times in iterations if num_reqs == scene.batch]),
             # far longer where prompts were not in the cache
             "fill_s": round(max(trace.first for trace in traces) - min(trace.sent for trace in traces), 3),
             "scheduler_tokens_per_s": scheduler_rate(server.log_text()[logged:], scene.batch),
@@ -287,6 +290,37 @@ def mean_ms(times: Sequence[float | None]) -> float | None:
     """Of rounds that could be timed."""
     timed = [ms for ms in times if ms is not None]
     return round(statistics.fmean(timed), 4) if timed else None
+
+
+def host_of(iterations: Sequence[Sequence[float]]) -> dict[str, float] | None:
+    """Medians over iterations of (ms, waiting, launching, launches): the host's own time, launches apart.
+
+    None where no iteration was timed: without a GPU, and of plain SGLang.
+    """
+    if not iterations:
+        return None
+    total, waiting, launching, launches = (np.array(column) for column in zip(*iterations, strict=True))
+    found = {
+        "iteration_ms": total,
+        "own_ms": total - waiting - launching,
+        "launching_ms": launching,
+        "launches": launches,
+    }
+    return {name: round(float(np.median(column)), 3) for name, column in found.items()}
+
+
+def host_notes(turns: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Schedule -> what an iteration takes of the host, the median turn's."""
+    found = {}
+    for schedule in SCHEDULES[:2]:
+        hosts = [turn["host"] for turn in turns if turn["schedule"] == schedule and turn.get("host")]
+        if hosts:
+            median = {name: statistics.median(host[name] for host in hosts) for name in hosts[0]}
+            found[schedule] = (
+                f"of an iteration's {median['iteration_ms']:.2f} ms the host works {median['own_ms']:.2f} and launches "
+                f"{median['launches']:.0f} graphs in {median['launching_ms']:.2f}"
+            )
+    return found
 
 
 def describe(name: str, scene: Scene, turns: Sequence[dict[str, Any]]) -> str:
@@ -384,14 +418,11 @@ def table(book: Book) -> str:
                 f"{scene}: auto {statistics.median(ratios):.3f} ({spread}, mean {statistics.fmean(ratios):.3f}) of "
                 f"{better}, the better{'' if by_clock is None else f'; rounds alone {by_clock:.3f}'}: {verdict}"
             )
+            notes += [f"{scene}, {schedule}: {text}" for schedule, text in host_notes(ours["turns"]).items()]
             if not is_forced(ours["turns"]):
                 notes.append(f"{scene}: some rounds did not run by the schedule that was set")
             for schedule, trace in traced.get((batch, prompt_tokens), {}).items():
-                host = trace["host"] or {}
-                notes.append(
-                    f"{scene}, {schedule}, traced: the host's own time {host.get('iteration_ms')} ms a round, "
-                    f"{host.get('forward_ms')} a forward; GPU idle {100 * trace['idle_share']:.1f} %"
-                )
+                notes.append(f"{scene}, {schedule}, traced: GPU idle {100 * trace['idle_share']:.1f} %")
     if any("*" in row for row in rows):
         notes.append("*: by the scheduler's clock; the client could not keep up")
     failures = [

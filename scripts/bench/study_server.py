@@ -24,6 +24,10 @@ label]. Labels, and whether the server learns, are of the moment at which a roun
 Every prefill is a line in CONTROL.prefills: [seconds, requests, tokens, milliseconds from the results before it to its
 own], on a plain server too: what it holds everybody up for.
 
+On a GPU every scheduler iteration behind a decode's results is a line in CONTROL.hosts: [requests, milliseconds from
+results to results, of these the host waited for events, of these it launched graphs, how many, label]. What is left is
+the host's own time, Python and all, without a profiler that slows it.
+
 A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
 label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
 where anything else ran in between.
@@ -38,10 +42,13 @@ import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hooked_server import before_worker_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 COMMAND = [sys.executable, str(Path(__file__).resolve())]
 """What starts such a server."""
@@ -66,21 +73,26 @@ def prefills_file(control: Path) -> Path:
     return control.with_name(control.name + ".prefills")
 
 
+def hosts_file(control: Path) -> Path:
+    """Where the host's time of a server with this control is written."""
+    return control.with_name(control.name + ".hosts")
+
+
 class Control:
     """The file, as it was when it last changed."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._changed = path, 0
+        self.path, self._changed = path, 0
         self.now: dict[str, Any] = {}
         self.rounds = rounds_file(path).open("a", buffering=1)
         self.schedules = schedules_file(path).open("a", buffering=1)
         self._generator: torch.Generator | None = None
 
     def read(self) -> None:
-        changed = self._path.stat().st_mtime_ns
+        changed = self.path.stat().st_mtime_ns
         if changed != self._changed:
             self._changed = changed
-            self.now = json.loads(self._path.read_text())
+            self.now = json.loads(self.path.read_text())
 
     def num_correct(self, num_reqs: int, num_steps: int, device: torch.device) -> torch.Tensor | None:
         """[num_reqs], int64: drafts that stand; None: acceptance as it is."""
@@ -140,6 +152,7 @@ def install(control: Control) -> None:
         return accept_simulated(drafts.tokens, acceptance.bonus_tokens, num_correct, limits)
 
     install_schedules(control, adaptive)
+    install_host_watch(control)
     adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
     Controller.observe = observe  # type: ignore[method-assign]
     sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
@@ -236,6 +249,58 @@ def watch_prefills(scheduler: Any, prefills: Path) -> None:
         return process(self, batch, result)
 
     scheduler.process_batch_result = processed
+
+
+def watch_host(scheduler: Any, hosts: Path, label: Callable[[], str], events: Any, graphs: Any) -> None:
+    """Write down what the host does between two decodes' results at `scheduler`, SGLang's class.
+
+    Args:
+        events: the class whose `synchronize` makes the host wait, torch.cuda.Event.
+        graphs: the class whose `replay` launches, torch.cuda.CUDAGraph.
+    """
+    spent = {"synchronize": 0.0, "replay": 0.0}
+    num_launches = 0
+    process = scheduler.process_batch_result
+    file = hosts.open("a", buffering=1)
+    before: float | None = None
+
+    def timed(owner: Any, name: str) -> None:
+        call = getattr(owner, name)
+
+        def clocked(self: Any) -> Any:
+            nonlocal num_launches
+            began = time.perf_counter()
+            try:
+                return call(self)
+            finally:
+                spent[name] += time.perf_counter() - began
+                num_launches += name == "replay"
+
+        setattr(owner, name, clocked)
+
+    timed(events, "synchronize")
+    timed(graphs, "replay")
+
+    def processed(self: Any, batch: Any, result: Any) -> Any:
+        nonlocal before, num_launches
+        arrived = arrival_of(result)
+        if batch.forward_mode.is_decode() and before is not None:
+            times = [round(1e3 * t, 4) for t in (arrived - before, spent["synchronize"], spent["replay"])]
+            file.write(json.dumps([len(batch.reqs), *times, num_launches, label()]) + "\n")
+        before = arrived if batch.forward_mode.is_decode() else None
+        spent.update(dict.fromkeys(spent, 0.0))
+        num_launches = 0
+        return process(self, batch, result)
+
+    scheduler.process_batch_result = processed
+
+
+def install_host_watch(control: Control) -> None:
+    from sglang.srt.managers.scheduler import Scheduler
+
+    if torch.cuda.is_available():
+        file = hosts_file(control.path)
+        watch_host(Scheduler, file, lambda: control.now.get("label", ""), torch.cuda.Event, torch.cuda.CUDAGraph)
 
 
 if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ops
 import torch
 
-from sglang_sparsespec.ops import _launch, _paged_kernels
+from sglang_sparsespec.ops import _paged_kernels
 from sglang_sparsespec.ops.sparse_decode import triton_impl as sparse
 
 if TYPE_CHECKING:
@@ -49,9 +49,9 @@ VERIFY_TILES = [
 ]
 PLAIN_TILES = [
     {"BN": block, "num_warps": warps, "num_stages": stages, RESIDENT: resident}
-    for block in (64, 128, 256)
+    for block in (32, 64, 128)
     for warps in (2, 4)
-    for stages in (2, 3, 4)
+    for stages in (2, 3)
     for resident in (2, 4, 8)
 ]
 KERNELS: dict[str, tuple[Any, list[dict[str, int]], str]] = {
@@ -66,6 +66,10 @@ def with_tiles(choose: Callable[..., dict[str, int]], tiles: dict[str, int]) -> 
     return lambda *sizes: {**choose(*sizes), **own}
 
 
+def with_resident(choose: Callable[..., int], resident: int | None) -> Callable[..., int]:
+    return choose if resident is None else lambda *sizes: resident
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernel", choices=list(KERNELS), required=True)
@@ -77,11 +81,11 @@ def main() -> None:
     module, variants, prefix = KERNELS[args.kernel]
     shape = next(shape for shape in ops.SHAPES if shape.name == args.shape)
     bandwidth = ops.copy_gb_s("cuda")
-    choose, resident = module.choose_tiles, _launch.VERIFY_RESIDENT
+    choose, resident = module.choose_tiles, _paged_kernels.verify_resident
     print(f"copy: {bandwidth:.0f} GB/s\n\n| op | tiles | us | share |\n|---|---|---|---|")
     for tiles in [{}, *variants]:
         module.choose_tiles = with_tiles(choose, tiles)
-        _launch.VERIFY_RESIDENT = tiles.get(RESIDENT, resident)
+        _paged_kernels.verify_resident = with_resident(resident, tiles.get(RESIDENT))
         for what, run, num_bytes in ops.GROUPS[args.kernel](shape, args.batch, args.tokens, "cuda"):
             if not what["op"].startswith(prefix) or what.get("block", 1) != 1:
                 continue
@@ -94,7 +98,7 @@ def main() -> None:
             share = num_bytes / milliseconds / 1e6 / bandwidth
             print(f"| {name} | {tiles or 'chosen'} | {1e3 * milliseconds:.1f} | {share:.2f} |", flush=True)
             torch.cuda.synchronize()
-    module.choose_tiles = choose
+    module.choose_tiles, _paged_kernels.verify_resident = choose, resident
 
 
 if __name__ == "__main__":

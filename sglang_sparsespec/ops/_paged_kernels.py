@@ -15,7 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.ops._launch import block_rows, choose_verify_splits, num_multiprocessors, num_row_tiles
+from sglang_sparsespec.ops._launch import (
+    block_rows,
+    choose_verify_splits,
+    is_small_tile,
+    num_multiprocessors,
+    num_row_tiles,
+    verify_resident,
+)
 from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
@@ -279,6 +286,8 @@ def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, 
     num_block_rows = block_rows(num_rows)
     if head_dim > 128 or dtype == torch.float32:
         block, warps, stages = 32, 8 if num_block_rows == 64 else 4, 2
+    elif is_small_tile(num_rows, head_dim):
+        block, warps, stages = 128, 4, 3
     elif head_dim > 64 and num_block_rows < 64:
         block, warps, stages = 128, 4, 2
     else:
@@ -330,7 +339,8 @@ def attend_paged_triton(
     row_tiles = num_row_tiles(num_rows)
     if num_splits is None:
         num_programs = num_reqs * num_kv_heads * row_tiles
-        num_splits = choose_verify_splits(num_programs, max_len, block, num_multiprocessors(q.device))
+        resident = verify_resident(num_rows, head_dim)
+        num_splits = choose_verify_splits(num_programs, max_len, block, num_multiprocessors(q.device), resident)
     part_lse = torch.empty((num_reqs, num_kv_heads, num_splits, num_rows), dtype=torch.float32, device=q.device)
     part = part_lse
     planes = anchored_scores

@@ -419,6 +419,38 @@ def test_a_prefill_is_timed_from_the_results_before_it(monkeypatch: pytest.Monke
     assert found == [[10.0, 2, 30, None], [10.024, 2, 30, 20.0]]
 
 
+def test_the_host_s_time_is_what_it_neither_waits_nor_launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Between two decodes; an iteration with a prefill is left out, and SGLang's results stay what they are."""
+    server = load_script("bench/study_server.py", monkeypatch)
+    now = [10.0]
+    monkeypatch.setattr(server.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds: float) -> Any:
+        def call(self: Any) -> None:
+            now[0] += seconds
+
+        return call
+
+    events, graphs = type("Event", (), {"synchronize": takes(0.008)}), type("Graph", (), {"replay": takes(0.0005)})
+
+    class Scheduler:
+        def process_batch_result(self, batch: Any, result: Any) -> str:
+            now[0] += 0.001
+            return "as before"
+
+    server.watch_host(Scheduler, tmp_path / "hosts", lambda: "turn 1", events, graphs)
+    scheduler = Scheduler()
+    for is_decode in (True, True, False, True, True):
+        graphs().replay()
+        graphs().replay()
+        mode = SimpleNamespace(is_decode=lambda is_decode=is_decode: is_decode)
+        batch = SimpleNamespace(forward_mode=mode, reqs=[0, 0, 0])
+        assert scheduler.process_batch_result(batch, SimpleNamespace(copy_done=events())) == "as before"
+    lines = [json.loads(line) for line in (tmp_path / "hosts").read_text().splitlines()]
+    # of 10 ms one is the host's own
+    assert lines == [[3, 10.0, 8.0, 1.0, 2, "turn 1"]] * 2
+
+
 def test_servers_run_the_batches_of_the_cells(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the limit at the batch, its last request waits for the first; without a graph of its size, it is padded."""
     monkeypatch.setattr(script, "has_gpu", lambda: True)

@@ -86,7 +86,8 @@ def test_rounds_by_another_schedule_are_no_measure_of_it(script: ModuleType) -> 
 def test_the_table_says_what_was_missed(script: ModuleType) -> None:
     scene = {"batch": 16, "prompt_tokens": 2048, "new_tokens": 384}
     ours = turns(script, auto=[90.0], lockstep=[100.0], unified=[80.0])
-    traced = {"lockstep": {"host": {"iteration_ms": 0.8, "forward_ms": 0.1}, "idle_share": 0.015}}
+    traced = {"lockstep": {"idle_share": 0.015}}
+    ours[1]["host"] = {"iteration_ms": 14.0, "own_ms": 0.8, "launching_ms": 0.25, "launches": 2.0}
     records = [
         {**scene, "what": "scene", "who": "plain", "turns": turns(script, plain=[50.0])},
         {**scene, "what": "scene", "who": "sparsespec", "turns": ours},
@@ -100,10 +101,19 @@ def test_the_table_says_what_was_missed(script: ModuleType) -> None:
         "16 x 2,048: auto 0.900 (0.900 to 0.900, mean 0.900) of lockstep, the better; rounds alone 1.000: MISSED"
         in shown
     )
-    assert "host's own time 0.8 ms a round, 0.1 a forward; GPU idle 1.5 %" in shown
+    assert "16 x 2,048, lockstep, traced: GPU idle 1.5 %" in shown
+    assert "16 x 2,048, lockstep: of an iteration's 14.00 ms the host works 0.80 and launches 2 graphs in 0.25" in shown
     # without plain there is no ratio to it
     assert "| 64 x 2,048 | lockstep | 100 |  |" in shown
     assert "failure: plain, 64 x 2,048: never 64 requests" in shown
+
+
+def test_the_host_s_time_is_what_is_left_of_an_iteration(script: ModuleType) -> None:
+    """Neither waits nor launches; without a GPU nothing is timed."""
+    assert script.host_of([]) is None
+    iterations = [(14.0, 12.0, 1.5, 2), (15.0, 12.0, 1.0, 2), (90.0, 12.0, 0.5, 9)]
+    assert script.host_of(iterations) == {"iteration_ms": 15.0, "own_ms": 2.0, "launching_ms": 1.0, "launches": 2.0}
+    assert script.host_notes(turns(script, lockstep=[1.0], auto=[1.0])) == {}
 
 
 def book_of(results: list[dict[str, Any]], failures: list[dict[str, Any]]) -> SimpleNamespace:
