@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sglang_sparsespec.ops._launch import (
+    MIN_BLOCK_ROWS,
     block_rows,
     choose_verify_splits,
     is_small_tile,
@@ -288,6 +289,8 @@ def choose_tiles(num_rows: int, head_dim: int, dtype: torch.dtype) -> dict[str, 
         block, warps, stages = 32, 8 if num_block_rows == 64 else 4, 2
     elif is_small_tile(num_rows, head_dim):
         block, warps, stages = 128, 4, 3
+    elif num_rows <= MIN_BLOCK_ROWS:
+        block, warps, stages = 64, 4, 2
     elif head_dim > 64 and num_block_rows < 64:
         block, warps, stages = 128, 4, 2
     else:

@@ -27,6 +27,8 @@ MAX_CREDIT_ROUNDS = 12
 BURST = 4
 STALE_ROUNDS = 128
 MIN_GAP = 16
+# of the current k's speed, what one that is not next to it has to promise for a try
+REACH = 0.9
 # a k that was never measured anywhere is tried this soon, whatever it costs
 FIRST_LOOK = 8
 # of the measured speed-up, rounds
@@ -90,6 +92,7 @@ class Controller:
         self._last_burst = 0
         self._first_looks = 0
         self._credit = 0.0
+        self._rivals: set[int] = set()
         self._last_steps = self.choices[-1]
         self._warm: set[tuple[int, int]] = set()
         self._plain_ms = self._spent_ms = 0.0
@@ -187,7 +190,10 @@ class Controller:
             return self._start(missing)
         if missing is not None or waited < MIN_GAP:
             return None
-        stale = [k for k in self._neighbours(usable) if times.age(k, self._now) > STALE_ROUNDS]
+        if self._now % DECIDE_EVERY == 0:
+            self._rivals = self._find_rivals(num_reqs, pool_tokens, limits, usable)
+        worth_it = self._neighbours(usable) | self._rivals & set(usable)
+        stale = [k for k in worth_it if times.age(k, self._now) > STALE_ROUNDS]
         if not stale:
             return None
         chosen = max(stale, key=lambda k: (times.age(k, self._now), -k))
@@ -212,9 +218,16 @@ class Controller:
         self._burst = (steps, BURST - 1)
         return steps
 
-    def _neighbours(self, usable: list[int]) -> list[int]:
-        at = usable.index(self._held(usable))
-        return [k for k in {*usable[max(0, at - 1) : at + 2], 0} if k != usable[at]]
+    def _neighbours(self, usable: list[int]) -> set[int]:
+        held = self._held(usable)
+        at = usable.index(held)
+        return {*usable[max(0, at - 1) : at + 2], 0} - {held}
+
+    def _find_rivals(self, num_reqs: int, pool_tokens: int, limits: Sequence[int], usable: list[int]) -> set[int]:
+        """k that are expected to come near the current one; far from it they may lie behind worse ones."""
+        held = self._held(usable)
+        least = REACH * self._speedup(held, num_reqs, pool_tokens, limits)
+        return {k for k in usable if k != held and self._speedup(k, num_reqs, pool_tokens, limits) >= least}
 
     # Learn
 

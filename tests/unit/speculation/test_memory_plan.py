@@ -79,8 +79,10 @@ def test_split_results_have_room_at_every_batch_size(
     for num_reqs in range(1, shape.max_reqs + 1):
         for num_rows in (group, *(group * width for width in (*narrower, shape.width))):
             programs = num_reqs * num_kv_heads * _launch.num_row_tiles(num_rows)
-            for choose in (_launch.choose_splits, _launch.choose_verify_splits):
-                splits = choose(programs, 10**6, 32, num_sms)
+            sizes = (programs, 10**6, 32, num_sms)
+            # of short heads and of longer ones
+            verifies = [_launch.choose_verify_splits(*sizes, _launch.verify_resident(num_rows, d)) for d in (64, 128)]
+            for splits in (_launch.choose_splits(*sizes), *verifies):
                 # a log-sum-exp in any case, an output where it is split
                 elements = model.head_dim + 1 if splits > 1 else 1
                 assert 4 * num_reqs * num_kv_heads * splits * num_rows * elements <= room
