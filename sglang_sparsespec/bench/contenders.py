@@ -141,7 +141,7 @@ def named(machine: Machine, text: str, simulated: float, extra: tuple[str, ...] 
             "--contender", text, "NAME=OPTIONS", "For instance: --contender 'k4=--speculative-num-steps 4'"
         )
     args = ("--speculative-algorithm", "SPARSESPEC", *extra, *shlex.split(options), *_where(machine))
-    return _ours(name, f"{options or 'defaults'} in our engine", args, simulated, is_fixed=False)
+    return _ours(name, f"{options or 'defaults'} in our engine", args, simulated)
 
 
 def lossy(

@@ -119,7 +119,7 @@ def test_full_has_what_is_switched_and_what_is_varied(h100: Machine, request_: R
 
 def test_policies_and_schedules_are_compared_at_a_fixed_k(h100: Machine, request_: Request) -> None:
     """On a GPU k is chosen by default: half of a policy's rounds might be plain decoding."""
-    named = dataclasses.replace(request_, named=("mine=--speculative-num-steps 4",))
+    named = dataclasses.replace(request_, named=("k4=--speculative-num-steps 4", "mine=--sparsespec-adaptive"))
     for plan in (sets.full(h100, request_), sets.schedules(h100, named)):
         for job in plan.jobs:
             for contender in job.contenders:
