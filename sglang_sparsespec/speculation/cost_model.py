@@ -30,6 +30,9 @@ class GatheredCost:
     """Of one token in the pool: A (1 + c) by the token, full attention with capture."""
     step_kv_ms: float
     """Of one token in the pool and one draft: s A / u by the token, sparse attention."""
+    drafted_ms: float = 0.0
+    """Of a round with drafts, however many: what surrounds a verify and not a plain decode. Measured, and not in the
+    formula; a small model's short rounds are half of it."""
 
     def round_ms(self, num_steps: float, pool_tokens: float, drafts_made: float | None = None) -> float:
         """`num_steps` drafts (0: a plain decode through the verify) and one verify, over so much KV in use.
@@ -40,7 +43,8 @@ class GatheredCost:
                 saves its gather and nothing else. None: all go on to the end.
         """
         drafts = num_steps if drafts_made is None else drafts_made
-        return self.fixed_ms + num_steps * self.step_ms + pool_tokens * (self.kv_ms + drafts * self.step_kv_ms)
+        fixed_ms = self.fixed_ms + (self.drafted_ms if num_steps > 0 else 0.0)
+        return fixed_ms + num_steps * self.step_ms + pool_tokens * (self.kv_ms + drafts * self.step_kv_ms)
 
 
 def accept_length(survival: Sequence[float], num_steps: int) -> float:

@@ -1,6 +1,6 @@
 """Times of rounds that ran, as terms of the cost model: by batch size, number of drafts and KV in use.
 
-For each bucket of batch sizes and each k it keeps decayed sums, from which the four terms of the formula follow by
+For each bucket of batch sizes and each k it keeps decayed sums, from which the five terms of the formula follow by
 least squares; what a k deviates from the formula (a verify is not quite linear in its width) stays as a factor of that
 k. Terms that no round has told apart yet stay near a prior: those of the nearest bucket, or a guess scaled to the first
 round. Pure host arithmetic, some microseconds; knows no clock.
@@ -26,8 +26,12 @@ _REFIT_EVERY = 4
 _LEAST_TERM = 0.05
 # of the quickest k's mean round, the least that a round takes whatever it does: noise can fit all of it to the drafts
 _LEAST_FIXED = 0.01
+# of the pool, in the terms of GatheredCost
+_POOL_POWERS = np.array([0, 0, 1, 1, 0])
 # a first guess: a draft costs this share of a plain decode, and half of a decode is KV
 _GUESSED_STEP, _GUESSED_KV = 0.6, 0.5
+# of the KV that a verify reads, what a draft does
+_GUESSED_DRAFT_KV = 0.06
 
 
 class Pauses:
@@ -37,14 +41,16 @@ class Pauses:
     """
 
     FAR = 1.5
+    # over the formula alone, where this k has hardly run: one bad round in its first three would stay with it
+    NEW_FAR = 2.5
     MOST = 3
 
     def __init__(self) -> None:
         self.in_a_row = 0
 
-    def is_one(self, ratio: float) -> bool:
+    def is_one(self, ratio: float, far: float = FAR) -> bool:
         """Note a round's time over the expected one."""
-        self.in_a_row = 0 if 1 / self.FAR < ratio < self.FAR else self.in_a_row + 1
+        self.in_a_row = 0 if 1 / far < ratio < far else self.in_a_row + 1
         return 0 < self.in_a_row < self.MOST
 
 
@@ -100,8 +106,12 @@ class RoundTimes:
         """Note a round, unless something else must have taken that long; `now` counts rounds."""
         seen = self.steps.get(num_steps)
         if seen is not None and seen.weight > Pauses.MOST:
-            ratio = round_ms / self.round_ms(num_steps, pool_tokens)
-            if self._pauses.is_one(ratio):
+            if self._pauses.is_one(round_ms / self.round_ms(num_steps, pool_tokens)):
+                return False
+        elif self.cost is not None and self.steps:
+            # too long only: what has not been told apart yet may make the formula expect far too much
+            ratio = max(1.0, round_ms / self.cost.round_ms(num_steps, pool_tokens))
+            if self._pauses.is_one(ratio, Pauses.NEW_FAR):
                 return False
         if self._prior is None:
             self._prior = guess(num_steps, pool_tokens, round_ms)
@@ -187,9 +197,9 @@ def guess(num_steps: int, pool_tokens: float, round_ms: float) -> GatheredCost:
     tokens = max(1.0, pool_tokens)
     return GatheredCost(
         fixed_ms=plain * (1 - _GUESSED_KV),
-        step_ms=plain * _GUESSED_STEP * 0.9,
+        step_ms=plain * _GUESSED_STEP * 0.95,
         kv_ms=plain * _GUESSED_KV / tokens,
-        step_kv_ms=plain * _GUESSED_STEP * 0.1 / tokens,
+        step_kv_ms=plain * _GUESSED_KV * _GUESSED_DRAFT_KV / tokens,
     )
 
 
@@ -198,19 +208,24 @@ def fit(steps: dict[int, StepTimes], prior: GatheredCost) -> GatheredCost:
     weight = sum(seen.weight for seen in steps.values())
     mean_ms = sum(seen.time for seen in steps.values()) / max(weight, 1e-9)
     tokens = max(1.0, sum(seen.pool for seen in steps.values()) / max(weight, 1e-9))
-    # in units of the prior's terms, so that tokens and drafts weigh alike; a term that was 0 there may come back
-    least = _LEAST_TERM * mean_ms * np.array([1.0, 0.1, 1 / tokens, 0.1 / tokens])
-    expected = np.array(astuple(prior))
-    scale = np.maximum(np.maximum(expected, least), 1e-12)
-    left, right = _RIDGE * np.eye(4), _RIDGE * expected / scale
+    least = _LEAST_TERM * mean_ms * np.array([1.0, 0.1, 1 / tokens, 0.1 / tokens, 1.0])
+    normal, moments = np.zeros((5, 5)), np.zeros(5)
     for k, seen in steps.items():
-        # sums of the outer product of (1, k, pool, k pool) with itself
-        by_steps = np.array([[1, k], [k, k * k]], dtype=float)
-        by_pool = np.array([[seen.weight, seen.pool], [seen.pool, seen.pool_squared]])
+        # a round's time is the sum of the terms times these, and times its pool where the power is 1
+        factors = np.array([1.0, k, 1.0, k, k > 0])
+        sums = np.array([seen.weight, seen.pool, seen.pool_squared])
         importance = 1 / seen.mean_ms**2
-        left += importance * np.kron(by_pool, by_steps) * np.outer(scale, scale)
-        right += importance * np.kron([seen.time, seen.time_pool], [1, k]) * scale
-    terms = np.maximum(np.linalg.solve(left, right), 0.0) * scale
-    fixed, step, kv, step_kv = map(float, terms)
+        normal += importance * np.outer(factors, factors) * sums[np.add.outer(_POOL_POWERS, _POOL_POWERS)]
+        moments += importance * factors * np.array([seen.time, seen.time_pool])[_POOL_POWERS]
+    expected = np.array(astuple(prior))
+    for _ in range(2):
+        # in units of the prior's terms, so that tokens and drafts weigh alike; a term that was 0 there may come back
+        scale = np.maximum(np.maximum(expected, least), 1e-12)
+        left = np.diag(np.full(5, _RIDGE)) + normal * np.outer(scale, scale)
+        terms = np.maximum(np.linalg.solve(left, _RIDGE * expected / scale + moments * scale), 0.0) * scale
+        # what a draft reads is a share of what a verify does, and that is told apart far sooner
+        if prior.kv_ms > 0:
+            expected[3] = min(1.0, prior.step_kv_ms / prior.kv_ms) * terms[2]
+    fixed, step, kv, step_kv, drafted = map(float, terms)
     fixed = max(fixed, _LEAST_FIXED * min((seen.mean_ms for seen in steps.values()), default=0.0))
-    return GatheredCost(fixed_ms=fixed, step_ms=step, kv_ms=kv, step_kv_ms=step_kv)
+    return GatheredCost(fixed_ms=fixed, step_ms=step, kv_ms=kv, step_kv_ms=step_kv, drafted_ms=drafted)

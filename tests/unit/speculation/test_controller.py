@@ -117,11 +117,35 @@ def test_load_that_rises_and_falls() -> None:
         return 1 + 127 * min(wave, 800 - wave) // 400
 
     server, _ = run(4000, num_reqs=num_reqs, pool_tokens=lambda now: 3000 * num_reqs(now))
-    assert server.lost_ms < 0.06 * server.total_ms
+    assert server.lost_ms < 0.03 * server.total_ms
     fixed = {k: sum(server.round_ms(k, num_reqs(n), 3000 * num_reqs(n)) for n in range(4000)) for k in CHOICES}
     made = {k: sum(server.tokens(k, n) * num_reqs(n) for n in range(4000)) for k in CHOICES}
     best_fixed = max(made[k] / fixed[k] for k in CHOICES)
-    assert server.total_tokens / server.total_ms > 0.97 * best_fixed
+    assert server.total_tokens / server.total_ms > best_fixed
+
+
+class SmallModel(Simulator):
+    """Times near SmolLM2's at 128 requests on an H200: up to some 60K pool tokens plain rounds are best, then k = 8."""
+
+    TIMES_MS: ClassVar = {0: 1.2, 1: 4.75, 2: 5.9, 4: 7.5, 8: 13.3}
+
+    def round_ms(self, num_steps: int, num_reqs: int, pool_tokens: int) -> float:
+        return self.TIMES_MS[num_steps] + 5.3e-6 * pool_tokens
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_follows_loads_in_which_the_best_k_changes(seed: int) -> None:
+    """Requests grow from short to long while they run: what was measured with little KV must be known with much."""
+    server = SmallModel(
+        rates=constant([0.994] * 8),
+        num_reqs=constant(128),
+        pool_tokens=lambda now: 33_000 + 77_000 * (now % 150) // 150,
+        seed=seed,
+    )
+    assert (server.best(CHOICES, 0), server.best(CHOICES, 149)) == (0, 8)
+    controller = Controller(CHOICES)
+    server.run(controller, 600)
+    assert lost_share(server, controller, 2400) < 0.03
 
 
 class Valley(Simulator):

@@ -130,4 +130,4 @@ def test_describes_in_json_types() -> None:
     assert shown["num_steps"] == 2
     assert shown["predicted_speedup"] > 1
     assert len(shown["survival"]) == 8
-    assert set(shown["terms_by_batch"]["64"]) == {"fixed_ms", "step_ms", "kv_ms", "step_kv_ms"}
+    assert set(shown["terms_by_batch"]["64"]) == {"fixed_ms", "step_ms", "kv_ms", "step_kv_ms", "drafted_ms"}

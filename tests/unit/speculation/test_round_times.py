@@ -73,6 +73,19 @@ def test_a_term_that_was_nothing_comes_back() -> None:
     assert times.round_ms(0, 400_000) == pytest.approx(TRUE.round_ms(0, 400_000), rel=0.1)
 
 
+def test_what_surrounds_a_verify_is_told_from_what_drafts_read() -> None:
+    """Rounds with drafts have a cost that plain ones lack; put down to KV it would grow with the pool."""
+    true = GatheredCost(fixed_ms=1.2, step_ms=1.2, kv_ms=5e-6, step_kv_ms=0.3e-6, drafted_ms=2.5)
+    rng = random.Random(0)
+    # drafts ran while the pool was small, plain rounds since
+    steps = [8] * 20 + [1] * 4 + [0] * 60
+    pools = [35_000] * 20 + [50_000] * 4 + [rng.randrange(40_000, 110_000) for _ in range(60)]
+    times = measured(steps, pools, cost=true)
+    for pool in (35_000, 110_000):
+        assert times.round_ms(0, pool) == pytest.approx(true.round_ms(0, pool), rel=0.05)
+        assert times.round_ms(8, pool) == pytest.approx(true.round_ms(8, pool), rel=0.1)
+
+
 def test_a_k_that_deviates_from_the_formula_keeps_its_own_time() -> None:
     """A verify that falls out of a tile is dearer than the line through its neighbours."""
     times = RoundTimes()
@@ -111,6 +124,18 @@ def test_a_pause_is_not_a_change_and_a_change_is_not_a_pause() -> None:
     for now in range(22, 120):
         times.add(8, 100_000, 3 * TRUE.round_ms(8, 100_000), now)
     assert times.round_ms(8, 100_000) == pytest.approx(3 * TRUE.round_ms(8, 100_000), rel=0.1)
+
+
+def test_a_pause_in_the_first_rounds_of_a_k_is_not_its_time() -> None:
+    """There are three of them in a try: with one that something else held up, nobody would try that k again."""
+    times = measured([8, 0] * 10, [100_000] * 20)
+    expected = TRUE.round_ms(4, 100_000)
+    assert not times.add(4, 100_000, 10 * expected, 21)
+    assert times.round_ms(4, 100_000) == pytest.approx(expected, rel=0.05)
+    # what comes again is no pause
+    for now in range(22, 40):
+        times.add(2, 100_000, 4 * TRUE.round_ms(2, 100_000), now)
+    assert times.round_ms(2, 100_000) > 3 * TRUE.round_ms(2, 100_000)
 
 
 def test_age_counts_rounds() -> None:
