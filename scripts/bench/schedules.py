@@ -35,7 +35,7 @@ import numpy as np
 from study_book import Allowance
 from study_client import DEATH_S, FAILURES, Watched, write_control
 from study_rounds import LinesFile
-from study_server import COMMAND, CONTROL, hosts_file, schedules_file
+from study_server import COMMAND, CONTROL, HOSTS, schedules_file
 from study_target import MET, MISSED, TIME_IS_UP, add_target, open_book, target_of
 
 from sglang_sparsespec.bench import contenders as who
@@ -191,7 +191,7 @@ class Bench:
         options: dict[str, Any] = {"timeout_s": 600}
         if name == OURS:
             options["command"] = COMMAND
-            env[CONTROL] = str(control)
+            env |= {CONTROL: str(control), HOSTS: str(hosts_file(control))}
         sizes = [str(size) for size in sorted(set(self.args.batches))]
         self._cached = None
         with Server(str(self.target.path), *args, "--cuda-graph-bs-decode", *sizes, env=env, **options) as server:
@@ -290,6 +290,11 @@ def mean_ms(times: Sequence[float | None]) -> float | None:
     """Of rounds that could be timed."""
     timed = [ms for ms in times if ms is not None]
     return round(statistics.fmean(timed), 4) if timed else None
+
+
+def hosts_file(control: Path) -> Path:
+    """Where a server with this control writes down what iterations take of the host."""
+    return control.with_name(control.name + ".hosts")
 
 
 def host_of(iterations: Sequence[Sequence[float]]) -> dict[str, float] | None:

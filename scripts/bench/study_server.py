@@ -24,9 +24,9 @@ label]. Labels, and whether the server learns, are of the moment at which a roun
 Every prefill is a line in CONTROL.prefills: [seconds, requests, tokens, milliseconds from the results before it to its
 own], on a plain server too: what it holds everybody up for.
 
-On a GPU every scheduler iteration behind a decode's results is a line in CONTROL.hosts: [requests, milliseconds from
-results to results, of these the host waited for events, of these it launched graphs, how many, label]. What is left is
-the host's own time, Python and all, without a profiler that slows it.
+With SPARSESPEC_STUDY_HOSTS=PATH, on a GPU, every scheduler iteration behind a decode's results is a line of PATH:
+[requests, milliseconds from results to results, of these the host waited for events, of these it launched graphs, how
+many, label]. What is left is the host's own time, Python and all, without a profiler that slows it.
 
 A plain server is not changed and reads no CONTROL. Its decode steps are lines of the same kind, with k = 0 and the
 label "plain". Times mean the same on both: from the arrival of one batch's results on the host to the next one's, null
@@ -54,6 +54,7 @@ COMMAND = [sys.executable, str(Path(__file__).resolve())]
 """What starts such a server."""
 CONTROL = "SPARSESPEC_STUDY"
 PLAIN = "SPARSESPEC_STUDY_PLAIN"
+HOSTS = "SPARSESPEC_STUDY_HOSTS"
 PLAIN_LABEL = "plain"
 SEED = 5
 
@@ -73,26 +74,21 @@ def prefills_file(control: Path) -> Path:
     return control.with_name(control.name + ".prefills")
 
 
-def hosts_file(control: Path) -> Path:
-    """Where the host's time of a server with this control is written."""
-    return control.with_name(control.name + ".hosts")
-
-
 class Control:
     """The file, as it was when it last changed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._changed = path, 0
+        self._path, self._changed = path, 0
         self.now: dict[str, Any] = {}
         self.rounds = rounds_file(path).open("a", buffering=1)
         self.schedules = schedules_file(path).open("a", buffering=1)
         self._generator: torch.Generator | None = None
 
     def read(self) -> None:
-        changed = self.path.stat().st_mtime_ns
+        changed = self._path.stat().st_mtime_ns
         if changed != self._changed:
             self._changed = changed
-            self.now = json.loads(self.path.read_text())
+            self.now = json.loads(self._path.read_text())
 
     def num_correct(self, num_reqs: int, num_steps: int, device: torch.device) -> torch.Tensor | None:
         """[num_reqs], int64: drafts that stand; None: acceptance as it is."""
@@ -152,7 +148,8 @@ def install(control: Control) -> None:
         return accept_simulated(drafts.tokens, acceptance.bonus_tokens, num_correct, limits)
 
     install_schedules(control, adaptive)
-    install_host_watch(control)
+    if HOSTS in os.environ:
+        install_host_watch(control, Path(os.environ[HOSTS]))
     adaptive.RoundSteps.wanted = wanted  # type: ignore[method-assign]
     Controller.observe = observe  # type: ignore[method-assign]
     sampling.RoundSampler.accept = accept_drawn  # type: ignore[method-assign]
@@ -209,50 +206,58 @@ def arrival_of(result: Any) -> float:
     return time.perf_counter()
 
 
-def watch_decodes(scheduler: Any, rounds: Path) -> None:
-    """Write down when the results of each decode batch arrive at `scheduler`, SGLang's class; nothing else changes."""
+def before_results(scheduler: Any, see: Callable[[Any, Any], None]) -> None:
+    """Call `see(batch, result)` before each batch's results are taken in by `scheduler`, SGLang's class; nothing else
+    changes."""
     process = scheduler.process_batch_result
-    file = rounds.open("a", buffering=1)
-    before: float | None = None
 
     def processed(self: Any, batch: Any, result: Any) -> Any:
-        nonlocal before
-        if not batch.forward_mode.is_decode():
-            before = None
-            return process(self, batch, result)
-        arrived = arrival_of(result)
-        round_ms = None if before is None else 1e3 * (arrived - before)
-        before = arrived
-        pool_tokens = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
-        write_round(file, arrived, 0, pool_tokens, round_ms, [0] * len(batch.reqs), PLAIN_LABEL)
+        see(batch, result)
         return process(self, batch, result)
 
     scheduler.process_batch_result = processed
 
 
-def watch_prefills(scheduler: Any, prefills: Path) -> None:
-    """Write down by how much each prefill's results are behind those before it; SGLang's class is `scheduler`.
+def watch_decodes(scheduler: Any, rounds: Path) -> None:
+    """Write down when the results of each decode batch arrive at `scheduler`."""
+    file = rounds.open("a", buffering=1)
+    before: float | None = None
 
-    Batches run one after the other, so that is what decoding requests wait for. Nothing else changes.
+    def see(batch: Any, result: Any) -> None:
+        nonlocal before
+        if not batch.forward_mode.is_decode():
+            before = None
+            return
+        arrived = arrival_of(result)
+        round_ms = None if before is None else 1e3 * (arrived - before)
+        before = arrived
+        pool_tokens = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
+        write_round(file, arrived, 0, pool_tokens, round_ms, [0] * len(batch.reqs), PLAIN_LABEL)
+
+    before_results(scheduler, see)
+
+
+def watch_prefills(scheduler: Any, prefills: Path) -> None:
+    """Write down by how much each prefill's results are behind those before it at `scheduler`.
+
+    Batches run one after the other, so that is what decoding requests wait for.
     """
-    process = scheduler.process_batch_result
     file = prefills.open("a", buffering=1)
     before: float | None = None
 
-    def processed(self: Any, batch: Any, result: Any) -> Any:
+    def see(batch: Any, result: Any) -> None:
         nonlocal before
         arrived = arrival_of(result)
         if batch.forward_mode.is_extend():
             held_ms = None if before is None else round(1e3 * (arrived - before), 4)
             file.write(json.dumps([arrived, len(batch.reqs), batch.extend_num_tokens, held_ms]) + "\n")
         before = arrived
-        return process(self, batch, result)
 
-    scheduler.process_batch_result = processed
+    before_results(scheduler, see)
 
 
 def watch_host(scheduler: Any, hosts: Path, label: Callable[[], str], events: Any, graphs: Any) -> None:
-    """Write down what the host does between two decodes' results at `scheduler`, SGLang's class.
+    """Write down what the host does between two decodes' results at `scheduler`.
 
     Args:
         events: the class whose `synchronize` makes the host wait, torch.cuda.Event.
@@ -260,7 +265,6 @@ def watch_host(scheduler: Any, hosts: Path, label: Callable[[], str], events: An
     """
     spent = {"synchronize": 0.0, "replay": 0.0}
     num_launches = 0
-    process = scheduler.process_batch_result
     file = hosts.open("a", buffering=1)
     before: float | None = None
 
@@ -281,7 +285,7 @@ def watch_host(scheduler: Any, hosts: Path, label: Callable[[], str], events: An
     timed(events, "synchronize")
     timed(graphs, "replay")
 
-    def processed(self: Any, batch: Any, result: Any) -> Any:
+    def see(batch: Any, result: Any) -> None:
         nonlocal before, num_launches
         arrived = arrival_of(result)
         if batch.forward_mode.is_decode() and before is not None:
@@ -290,17 +294,15 @@ def watch_host(scheduler: Any, hosts: Path, label: Callable[[], str], events: An
         before = arrived if batch.forward_mode.is_decode() else None
         spent.update(dict.fromkeys(spent, 0.0))
         num_launches = 0
-        return process(self, batch, result)
 
-    scheduler.process_batch_result = processed
+    before_results(scheduler, see)
 
 
-def install_host_watch(control: Control) -> None:
+def install_host_watch(control: Control, hosts: Path) -> None:
     from sglang.srt.managers.scheduler import Scheduler
 
     if torch.cuda.is_available():
-        file = hosts_file(control.path)
-        watch_host(Scheduler, file, lambda: control.now.get("label", ""), torch.cuda.Event, torch.cuda.CUDAGraph)
+        watch_host(Scheduler, hosts, lambda: control.now.get("label", ""), torch.cuda.Event, torch.cuda.CUDAGraph)
 
 
 if __name__ in ("__main__", "__mp_main__") and CONTROL in os.environ:

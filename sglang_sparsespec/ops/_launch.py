@@ -47,7 +47,7 @@ def block_rows(num_rows: int) -> int:
 
 
 def is_small_tile(num_rows: int, head_dim: int) -> bool:
-    """Whether a program holds so little that WAVES of them are resident: one query of few, short heads."""
+    """Whether a program holds so little that WAVES of them are resident: few query rows, of short heads."""
     return num_rows <= MIN_BLOCK_ROWS and head_dim <= 64
 
 
