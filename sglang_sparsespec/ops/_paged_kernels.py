@@ -28,6 +28,7 @@ from sglang_sparsespec.ops._paged import NUM_ANCHORS, NUM_FIRST_ANCHORS
 from sglang_sparsespec.ops._triton import (
     LOG2_E,
     dot_precision,
+    hide_unseen,
     load_rows,
     merge_splits,
     softcap,
@@ -75,6 +76,7 @@ def _attend_kernel(
     HAS_VALUE: tl.constexpr,
     HAS_CAP: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASK_EVERY_TILE: tl.constexpr,
     NUM_ANCHORS: tl.constexpr = 0,
     NUM_FIRST: tl.constexpr = 0,
 ):
@@ -114,6 +116,9 @@ def _attend_kernel(
     b_sum = tl.zeros([BM], dtype=tl.float32)
     b_acc = tl.zeros([BM, BD], dtype=tl.float32)
     p_table = req_to_token_ptr + tl.load(pool_rows_ptr + i_r).to(tl.int64) * stride_table
+    # what is left to multiply a logit with, in the maximum and in the exponent
+    to_log2 = 1.0 if MASK_EVERY_TILE else LOG2_E if HAS_CAP else scale * LOG2_E
+    seen_by_all = tl.minimum(query_start + 1, hi)
     if NUM_ANCHORS > 0:
         # what each row pays to the anchors, as a log-sum-exp: [BM]
         b_top = tl.full([BM], float("-inf"), dtype=tl.float32)
@@ -136,6 +141,8 @@ def _attend_kernel(
         # without anchors nothing is selectable, and any number serves
         b_anchor_lse = tl.where(b_anchor > 0.0, b_top + tl.log2(b_anchor), 0.0)
         m_row = o_m < query_len * G
+        # of a mean over the rows
+        row_share = 1.0 / (query_len * G)
         score_end = tl.minimum(tl.minimum(query_start, hi), max_len)
         p_scores = scores_ptr + tl.program_id(1).to(tl.int64) * stride_scores_m + i_h * stride_scores_h
         p_scores += tl.load(score_starts_ptr + i_r).to(tl.int64)
@@ -145,22 +152,27 @@ def _attend_kernel(
         b_slot = tl.load(p_table + o_p, mask=m_n, other=0).to(tl.int64)
         # [BN, BD]
         b_k = load_rows(k_ptr + i_h * stride_k_h, b_slot, stride_k_s, m_n, o_d, D)
-        # [BM, BN], base-2 logits
-        b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        # [BM, BN], base-2 logits once multiplied
+        b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if HAS_CAP or MASK_EVERY_TILE:
+            b_logit = b_logit * scale
         if HAS_CAP:
             b_logit = softcap(b_logit, logit_cap)
-        m_seen = m_n[None, :] & (o_p[None, :] <= query_start + o_t[:, None] * query_step)
-        b_logit = tl.where(m_seen, b_logit * LOG2_E, float("-inf"))
+        # nearly every tile is one that all queries see; some programs are too small for a branch (docs/kernels.md)
+        if MASK_EVERY_TILE:
+            b_logit = hide_unseen(b_logit * LOG2_E, m_n, o_p, query_start + o_t * query_step)
+        elif start + BN > seen_by_all:
+            b_logit = hide_unseen(b_logit, m_n, o_p, query_start + o_t * query_step)
         # early queries may see nothing of a late tile
-        b_new_max = tl.maximum(b_max, tl.max(b_logit, axis=1))
+        b_new_max = tl.maximum(b_max, tl.max(b_logit, axis=1) * to_log2)
         b_base = tl.where(b_new_max > float("-inf"), b_new_max, 0.0)
         b_decay = tl.exp2(b_max - b_base)
-        b_p = tl.exp2(b_logit - b_base[:, None])
+        b_p = tl.exp2(b_logit * to_log2 - b_base[:, None])
         b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
         if NUM_ANCHORS > 0:
             # exp2(logit - anchors) from the exponential at hand; the bounds keep it finite
-            b_weight = tl.where(m_row, tl.exp2(tl.minimum(b_base - b_anchor_lse, 126.0)), 0.0)
-            b_score = tl.sum(tl.minimum(b_p * b_weight[:, None], 1.0), axis=0) / (query_len * G)
+            b_weight = tl.where(m_row, tl.exp2(tl.minimum(b_base - b_anchor_lse, 126.0)), 0.0) * row_share
+            b_score = tl.sum(tl.minimum(b_p * b_weight[:, None], row_share), axis=0)
             tl.store(p_scores + o_p, b_score.to(scores_ptr.dtype.element_ty), mask=o_p < score_end)
         if HAS_VALUE:
             b_v = load_rows(v_ptr + i_h * stride_v_h, b_slot, stride_v_s, m_n, o_d, D)
@@ -389,6 +401,7 @@ def attend_paged_triton(
         NUM_ANCHORS=0 if planes is None else NUM_ANCHORS,
         NUM_FIRST=NUM_FIRST_ANCHORS,
         HAS_VALUE=v_cache is not None,
+        MASK_EVERY_TILE=planes is None and num_rows <= MIN_BLOCK_ROWS and not is_small_tile(num_rows, head_dim),
         **constants,
     )
     if out is not None and is_split:

@@ -41,6 +41,12 @@ def softcap(logit, logit_cap):
 
 
 @triton.jit
+def hide_unseen(b_logit, m_n, o_p, last_seen):
+    """-inf where a position is masked, or past the last that a row sees: [rows, positions]."""
+    return tl.where(m_n[None, :] & (o_p[None, :] <= last_seen[:, None]), b_logit, float("-inf"))
+
+
+@triton.jit
 def load_rows(base, b_slot, stride, m_row, o_d, D: tl.constexpr):
     """Rows of D elements at base + slot * stride, zeros where masked: [rows, BD]; slots are int64."""
     return tl.load(base + b_slot[:, None] * stride + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)

@@ -254,6 +254,14 @@ def test_refuses_two_kinds_of_scores() -> None:
         paged_attention(*case, scale=1.0, max_len=8, **{**anchored, "anchored_scores": torch.zeros(2, 8)})
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_refuses_a_scale_that_turns_logits_around(scale: float) -> None:
+    """The kernel takes the maximum before it scales."""
+    case = make_paged_case([(4, 1)], num_queries=1, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="scale: expected a factor above 0"):
+        paged_attention(*case, scale=scale, max_len=8)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_queries", [1, 9, 40])

@@ -68,7 +68,7 @@ def paged_attention(
         req_pool_indices: [R], int64 or int32; the row of `req_to_token` of each request.
         query_starts: [R], int32 or int64, tokens; the position of query 0.
         query_lens: [R], int32 or int64, tokens; in [0, T].
-        scale: factor on the logits, before the cap.
+        scale: factor on the logits, before the cap; above 0.
         max_len: tokens, on the host; at least every ``query_starts + query_lens``, may be loose.
         score_lens: [R], int32 or int64, tokens; asks for scores, exactly 0 from these positions on.
         anchored_scores: [H, C], float32, may be strided; asks for anchored scores: those of request r's positions
@@ -83,7 +83,8 @@ def paged_attention(
         scores: [R, H, max_len], float32, as `capture_scores` gives them; None without `score_lens`.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or stride, or a negative cap; on CPU also if `max_len` is too small.
+        ValueError: on a wrong shape, dtype, device or stride, a scale that is not above 0, or a negative cap; on CPU
+            also if `max_len` is too small.
 
     Not checked: values on the device (lengths within bounds, slots in the pool, columns in the buffer).
     Reference: SparseSpec (arXiv:2512.01278), dense verification; `paged_attention.reference`.
@@ -91,6 +92,8 @@ def paged_attention(
     check_paged_query(
         q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
     )
+    if not scale > 0.0:
+        raise ValueError(f"scale: expected a factor above 0, got {scale}.")
     check_kv_pool("v_cache", v_cache, q)
     check_shape("v_cache", v_cache, k_cache.shape)
     if score_lens is not None:
