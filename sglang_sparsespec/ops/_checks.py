@@ -70,6 +70,7 @@ def check_paged_query(
     query_starts: torch.Tensor,
     query_lens: torch.Tensor,
     *,
+    scale: float,
     max_len: int,
     logit_cap: float,
 ) -> None:
@@ -88,4 +89,7 @@ def check_paged_query(
         check_index(name, tensor, (q.shape[0],), q.device)
     if not 0 <= max_len <= req_to_token.shape[1]:
         raise ValueError(f"max_len: expected 0 to {req_to_token.shape[1]}, the width of req_to_token, got {max_len}.")
+    # the kernel takes a row's maximum before it scales
+    if not scale > 0.0:
+        raise ValueError(f"scale: expected a factor above 0, got {scale}.")
     check_logit_cap(logit_cap)

@@ -158,7 +158,7 @@ def _attend_kernel(
             b_logit = b_logit * scale
         if HAS_CAP:
             b_logit = softcap(b_logit, logit_cap)
-        # nearly every tile is one that all queries see; some programs are too small for a branch (docs/kernels.md)
+        # nearly every tile is one that all queries see, but telling costs more with MASK_EVERY_TILE (docs/kernels.md)
         if MASK_EVERY_TILE:
             b_logit = hide_unseen(b_logit * LOG2_E, m_n, o_p, query_start + o_t * query_step)
         elif start + BN > seen_by_all:

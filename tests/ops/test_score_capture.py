@@ -143,6 +143,14 @@ def test_rejects_too_small_max_len_on_cpu() -> None:
         capture_scores(*case.without_value(), case.query_starts, scale=1.0, max_len=12, query_step=0)
 
 
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_refuses_a_scale_that_turns_logits_around(scale: float) -> None:
+    """The kernel takes the maximum before it scales."""
+    case = make_paged_case([(4, 1)], num_queries=1, num_kv_heads=1, group=1, head_dim=64, dtype=torch.float32)
+    with pytest.raises(ValueError, match="scale: expected a factor above 0"):
+        capture_scores(*case.without_value(), case.query_starts, scale=scale, max_len=8)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_public_function_matches_reference_at_size(dtype: torch.dtype) -> None:

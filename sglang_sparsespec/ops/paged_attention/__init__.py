@@ -90,10 +90,16 @@ def paged_attention(
     Reference: SparseSpec (arXiv:2512.01278), dense verification; `paged_attention.reference`.
     """
     check_paged_query(
-        q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
+        q,
+        k_cache,
+        req_to_token,
+        req_pool_indices,
+        query_starts,
+        query_lens,
+        scale=scale,
+        max_len=max_len,
+        logit_cap=logit_cap,
     )
-    if not scale > 0.0:
-        raise ValueError(f"scale: expected a factor above 0, got {scale}.")
     check_kv_pool("v_cache", v_cache, q)
     check_shape("v_cache", v_cache, k_cache.shape)
     if score_lens is not None:

@@ -47,7 +47,7 @@ def capture_scores(
         query_starts: [R], int32 or int64, tokens; the position of query 0.
         query_lens: [R], int32 or int64, tokens; in [0, T].
         score_lens: [R], int32 or int64, tokens; positions from here on score exactly 0.
-        scale: factor on the logits, before the cap.
+        scale: factor on the logits, before the cap; above 0.
         max_len: tokens, on the host; at least one more than the position of every valid query, may be loose.
         logit_cap: soft cap of the logits; 0 is off.
         query_step: tokens from one query to the next; above 1 where only some of a verify's queries are captured.
@@ -56,14 +56,22 @@ def capture_scores(
         [R, H, max_len], float32; a row of zeros where `query_lens` is 0.
 
     Raises:
-        ValueError: on a wrong shape, dtype, device or stride, a negative cap, or a step below 1; on CPU also if
-            `max_len` is too small.
+        ValueError: on a wrong shape, dtype, device or stride, a scale that is not above 0, a negative cap, or a step
+            below 1; on CPU also if `max_len` is too small.
 
     Not checked: values on the device (lengths within bounds, slots in the pool).
     Reference: SparseSpec (arXiv:2512.01278), PillarAttn; `score_capture.reference`.
     """
     check_paged_query(
-        q, k_cache, req_to_token, req_pool_indices, query_starts, query_lens, max_len=max_len, logit_cap=logit_cap
+        q,
+        k_cache,
+        req_to_token,
+        req_pool_indices,
+        query_starts,
+        query_lens,
+        scale=scale,
+        max_len=max_len,
+        logit_cap=logit_cap,
     )
     check_index("score_lens", score_lens, (q.shape[0],), q.device)
     if query_step < 1:
